@@ -1,0 +1,60 @@
+"""Every error a caller of Reflux may meet.
+
+RefluxError
+├── SettingsError            a setting has a value that can't be used
+├── InvalidEventError        an event or item breaks its contract
+├── DatasetError             an interaction log can't be found or read
+├── UnavailableError         Kafka, the online store or Ray doesn't answer
+└── RegistryError            model artifacts
+    ├── VersionNotFoundError
+    ├── CorruptVersionError
+    └── NothingServingError  nothing has been promoted yet
+
+A message names the offending value and the fix; the CLI prints it without a traceback.
+"""
+
+
+class RefluxError(Exception):
+    """The root: `except RefluxError` catches whatever Reflux raises on purpose."""
+
+
+class SettingsError(RefluxError):
+    """A setting has a value that can't be used."""
+
+
+class InvalidEventError(RefluxError):
+    """An event or item breaks its contract.
+
+    `field` is the dotted path of the offending field (empty: the whole record), `value` what
+    stood there, `fix` one sentence on what would be accepted.
+    """
+
+    def __init__(self, *, field: str, value: object, fix: str) -> None:
+        self.field = field
+        self.value = value
+        self.fix = fix
+        super().__init__(f"{field or 'record'}={value!r}: {fix}")
+
+
+class DatasetError(RefluxError):
+    """An interaction log can't be found or read."""
+
+
+class UnavailableError(RefluxError):
+    """Kafka, the online store or Ray doesn't answer within its deadline."""
+
+
+class RegistryError(RefluxError):
+    """Something is wrong with the model artifacts."""
+
+
+class VersionNotFoundError(RegistryError):
+    """No such version, or one without a manifest (which therefore doesn't exist)."""
+
+
+class CorruptVersionError(RegistryError):
+    """A version's files don't match the hashes in its manifest."""
+
+
+class NothingServingError(RegistryError):
+    """Nothing has been promoted yet."""

@@ -1,0 +1,142 @@
+"""The event contract: what producers send, and nothing else.
+
+JSON on the topic `events`, keyed by `user_id`, so that one user's events stay in order; item
+metadata on `items`, keyed by `item_id`. What breaks the contract goes to `<topic>.dead` with the
+reason and its original bytes. Event time (`timestamp`, the producer's clock) is kept apart from
+arrival time (the Kafka record's timestamp).
+"""
+
+import base64
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from services.core.errors import InvalidEventError
+
+EVENTS: Final = "events"
+ITEMS: Final = "items"
+SCHEMA_VERSION: Final = 1
+MAX_TIMESTAMP_MS: Final = 4_102_444_800_000  # 2100-01-01: catches micro- and nanoseconds
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class EventType(StrEnum):
+    VIEW = "view"
+    CLICK = "click"
+    CART = "cart"
+    PURCHASE = "purchase"
+    RATING = "rating"
+    LIKE = "like"
+    SKIP = "skip"
+    IMPRESSION = "impression"
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Event(_Contract):
+    """One thing a user did (or, for an impression, was shown)."""
+
+    event_id: Id = Field(description="unique; a retry with the same id counts once")
+    user_id: Id
+    item_id: Id = Field(description="of an impression: the first item shown; all: context.items")
+    type: EventType
+    timestamp: int = Field(ge=0, le=MAX_TIMESTAMP_MS, description="event time, UTC milliseconds")
+    value: float | None = Field(None, description="rating, price, ...")
+    context: dict[str, Any] | None = None
+    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+
+    @property
+    def is_interaction(self) -> bool:
+        """Whether it enters histories and is learned: the user chose the item."""
+        return self.type not in (EventType.IMPRESSION, EventType.SKIP)
+
+
+class Item(_Contract):
+    """What is known of an item before anyone has touched it."""
+
+    item_id: Id
+    title: str | None = Field(None, max_length=1024)
+    categories: list[Annotated[str, StringConstraints(min_length=1, max_length=128)]] = Field(
+        default_factory=list, max_length=64
+    )
+    text: str | None = Field(None, max_length=65_536)
+    vector: list[float] | None = Field(None, max_length=4096)
+    timestamp: int = Field(0, ge=0, le=MAX_TIMESTAMP_MS, description="of this metadata, ms")
+    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+
+
+def dead_topic(topic: str) -> str:
+    return f"{topic}.dead"
+
+
+def encode(record: Event | Item) -> bytes:
+    """The record's JSON, without the fields that were not given."""
+    return record.model_dump_json(exclude_none=True).encode()
+
+
+def decode_event(raw: bytes, *, arrival_ms: int, max_future_s: float) -> Event:
+    """Parse and check one event; raise `InvalidEventError` naming the field, value and fix.
+
+    `arrival_ms` bounds event time: a timestamp from the future would sit on top of its user's
+    history, and mask everything that really happens until then.
+    """
+    event = _decode(Event, raw)
+    check_not_future(event, arrival_ms=arrival_ms, max_future_s=max_future_s)
+    return event
+
+
+def decode_item(raw: bytes) -> Item:
+    return _decode(Item, raw)
+
+
+def check_not_future(event: Event, *, arrival_ms: int, max_future_s: float) -> None:
+    """Raise `InvalidEventError` for an event that claims to happen after it arrived."""
+    if event.timestamp > arrival_ms + max_future_s * 1000:
+        raise InvalidEventError(
+            field="timestamp",
+            value=event.timestamp,
+            fix=f"must be at most {max_future_s:g} s after arrival ({arrival_ms}); send UTC "
+            "milliseconds and check the producer's clock",
+        )
+
+
+def invalid(error: ValidationError) -> InvalidEventError:
+    """Our error for pydantic's first complaint."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    value = first.get("input")
+    fix = first["msg"]
+    if first["type"] == "missing":
+        fix, value = "is required; add it", None
+    elif first["type"] == "extra_forbidden":
+        fix = "is not a field of the contract; put it into `context`"
+    elif first["type"] == "json_invalid":
+        fix, value, field = f"is not JSON ({first['ctx']['error']})", None, ""
+    return InvalidEventError(field=field, value=value, fix=fix)
+
+
+def dead_letter(raw: bytes, *, reason: str, topic: str, partition: int, offset: int) -> bytes:
+    """The JSON that `<topic>.dead` carries: why, where from, and the original bytes (base64)."""
+    letter = {
+        "reason": reason,
+        "topic": topic,
+        "partition": partition,
+        "offset": offset,
+        "raw": base64.b64encode(raw).decode(),
+    }
+    return json.dumps(letter).encode()
+
+
+Record = TypeVar("Record", Event, Item)
+
+
+def _decode(contract: type[Record], raw: bytes) -> Record:
+    try:
+        return contract.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid(error) from None

@@ -1,0 +1,168 @@
+"""Frozen, typed settings. Entry points build them once and pass them on.
+
+Sources, first wins: environment (`REFLUX_KAFKA_BOOTSTRAP`, ...), the TOML file that
+`REFLUX_CONFIG` names (default `reflux.toml`), what a running one-machine stack wrote to
+`<home>/stack.json`, the defaults below.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from services.core.errors import SettingsError
+
+STACK_FILE = "stack.json"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Read-only; `Settings.load()` turns bad values into one error."""
+
+    model_config = SettingsConfigDict(env_prefix="REFLUX_", frozen=True, extra="forbid")
+
+    # Where things are. Empty addresses mean: `reflux up` starts an embedded one.
+    home: Path = Field(Path(".reflux"), description="logs, pids and the embedded stack's state")
+    kafka_bootstrap: str = Field("", description="host:port[,host:port]; empty: embedded broker")
+    redis: str = Field("", description="host:port[,password=...]; empty: embedded Redis")
+    ray_address: str = Field("", description="dashboard URL (http://host:8265); empty: embedded")
+    offline_uri: str = Field("", description="root of the offline log; default <home>/offline")
+    registry_uri: str = Field("", description="root of model artifacts; default <home>/registry")
+    checkpoint_uri: str = Field("", description="training checkpoints; default <home>/checkpoints")
+    gateway_url: str = Field("", description="where events are posted; set by `reflux up`")
+    recommend_url: str = Field("", description="where answers are served; set by `reflux up`")
+
+    # What the one-machine stack binds. 0: any free port.
+    host: str = Field("127.0.0.1", description="address that gateway and answers bind")
+    gateway_port: int = Field(0, ge=0, le=65535)
+    recommend_port: int = Field(0, ge=0, le=65535)
+    ray_dashboard_port: int = Field(0, ge=0, le=65535)
+    kafka_port: int = Field(0, ge=0, le=65535, description="of the embedded broker")
+    redis_port: int = Field(0, ge=0, le=65535, description="of the embedded Redis")
+    ray_cpus: int = Field(
+        16, ge=4, description="logical CPUs of the embedded Ray node; not cores: jobs share these"
+    )
+
+    # Events and features.
+    partitions: int = Field(4, ge=1, le=1024, description="of the topics `events` and `items`")
+    replication: int = Field(1, ge=1, le=9, description="of every topic")
+    workers: int = Field(1, ge=1, le=64, description="feature workers on one machine")
+    history_events: int = Field(512, ge=16, le=4096, description="events kept online per user")
+    log_flush_s: float = Field(
+        2.0, gt=0, le=600, description="at most this long until a Parquet file"
+    )
+    log_flush_events: int = Field(20_000, ge=1, description="at most this many events per file")
+    popularity_every_s: float = Field(
+        30.0, gt=0, description="between two item popularity roll-ups"
+    )
+    max_future_s: float = Field(
+        300.0, ge=0, description="event time may run ahead of arrival by this"
+    )
+    max_batch_events: int = Field(10_000, ge=1, description="of one POST /v1/events")
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="of one request body")
+    kafka_timeout_s: float = Field(10.0, gt=0, description="until an unacknowledged event is a 503")
+
+    # Learning.
+    recipe: str = Field("tiny_cpu", description="a name in ray_jobs/recipes.py")
+    seed: int = 0
+    teacher_every_minutes: float = Field(30.0, ge=0, description="refresh the teacher; 0: never")
+    teacher_every_events: int = Field(100_000, ge=0, description="or after this many; 0: never")
+    teacher_first_events: int = Field(1_000, ge=1, description="events before the first teacher")
+    publish_every_s: float = Field(5.0, gt=0, description="between two student versions")
+    checkpoint_every_s: float = Field(
+        30.0, gt=0, description="between two distillation checkpoints"
+    )
+    keep_versions: int = Field(50, ge=3, description="artifacts kept beside those in use")
+
+    # Answers.
+    replicas: int = Field(1, ge=1, le=64)
+    serving_poll_s: float = Field(0.5, gt=0, le=60, description="between two looks at the pointer")
+    feature_timeout_s: float = Field(0.25, gt=0, description="online store's share of an answer")
+    impressions: bool = Field(True, description="send what was shown back as impression events")
+    proxy: Literal["haproxy", "python"] = Field("haproxy", description="Ray Serve's HTTP proxy")
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def load(cls, **overrides: Any) -> "Settings":
+        """Read every source once; `SettingsError` names each bad value and what is allowed."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            lines = [_explain(e["loc"], e.get("input"), e["msg"]) for e in error.errors()]
+            raise SettingsError("\n".join(lines)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config = Path(os.environ.get("REFLUX_CONFIG", "reflux.toml"))
+        if "REFLUX_CONFIG" in os.environ and not config.exists():
+            raise SettingsError(
+                f"REFLUX_CONFIG={config}: no such file; unset it or create the file"
+            )
+        return (
+            init_settings,
+            env_settings,
+            TomlConfigSettingsSource(settings_cls, toml_file=config),
+            InitSettingsSource(settings_cls, _stack_addresses(init_settings, env_settings)),
+        )
+
+    @property
+    def offline(self) -> str:
+        return self.offline_uri or str(self.home.absolute() / "offline")
+
+    @property
+    def registry(self) -> str:
+        return self.registry_uri or str(self.home.absolute() / "registry")
+
+    @property
+    def checkpoints(self) -> str:
+        return self.checkpoint_uri or str(self.home.absolute() / "checkpoints")
+
+    @property
+    def logs(self) -> Path:
+        return self.home.absolute() / "logs"
+
+    def environment(self) -> dict[str, str]:
+        """These settings as environment variables, for the processes and Ray jobs we start."""
+        values = self.model_dump(mode="json")
+        values["home"] = str(self.home.absolute())
+        return {f"REFLUX_{name.upper()}": _as_env(value) for name, value in values.items()}
+
+
+def _stack_addresses(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:
+    """What a running stack in `home` wrote about itself; nothing where none runs."""
+    home = next((s()["home"] for s in sources if s().get("home")), ".reflux")
+    path = Path(home) / STACK_FILE
+    try:
+        return dict(json.loads(path.read_text())["settings"])
+    except FileNotFoundError:
+        return {}
+
+
+def _as_env(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _explain(loc: tuple[int | str, ...], value: object, problem: str) -> str:
+    name = ".".join(str(part) for part in loc)
+    if name not in Settings.model_fields:
+        known = ", ".join(sorted(Settings.model_fields))
+        return f"{name}: no such setting; the settings are {known}"
+    about = Settings.model_fields[name].description
+    hint = f" ({about})" if about else ""
+    return f"REFLUX_{name.upper()}={value!r}: {problem}{hint}"

