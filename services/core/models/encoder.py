@@ -1,0 +1,151 @@
+"""The causal transformer that teacher and student share.
+
+Shapes: B sequences, L events, D width, H heads, K head width, V catalog rows, C content tokens a
+row. Row, type, gap and segment 0 mean padding; padding stands after the events, never before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from services.core.catalog import N_CONTENT
+from services.core.models.sequences import N_GAPS, N_TYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Sizes of an encoder. `max_len`: how far back one layer looks, in events."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    max_len: int
+    dropout: float = 0.0
+    content_buckets: int = 1024
+    n_types: int = N_TYPES
+    n_gaps: int = N_GAPS
+    n_content: int = N_CONTENT
+
+    def __post_init__(self) -> None:
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim={self.dim}: must be a multiple of 2 * n_heads={self.n_heads}")
+
+
+class Encoder(nn.Module):
+    """hidden_BLD[b, t] tells what follows event t, from events 0..t of its segment alone.
+
+    Positions are relative (rotary), so a prediction doesn't depend on where a history was cut.
+    """
+
+    content_VC: Tensor
+
+    def __init__(self, config: EncoderConfig, *, n_rows: int) -> None:
+        super().__init__()
+        self.config = config
+        self.item_id = nn.Embedding(n_rows, config.dim, padding_idx=0)
+        self.content = nn.Embedding(config.content_buckets, config.dim, padding_idx=0)
+        self.event_type = nn.Embedding(config.n_types, config.dim)
+        self.gap = nn.Embedding(config.n_gaps, config.dim)
+        for table in (self.item_id, self.content, self.event_type, self.gap):
+            nn.init.normal_(table.weight, std=config.dim**-0.5)
+            if table.padding_idx is not None:
+                nn.init.zeros_(table.weight[table.padding_idx].detach())
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("content_VC", torch.zeros(n_rows, config.n_content, dtype=torch.int32))
+
+    @property
+    def n_rows(self) -> int:
+        return self.item_id.num_embeddings
+
+    def item_table(self) -> Tensor:
+        """table_VD: what each row is (id) plus what it is made of (mean of its content)."""
+        content_VD = F.embedding_bag(
+            self.content_VC, self.content.weight, mode="mean", padding_idx=0
+        )
+        return self.item_id.weight + content_VD
+
+    def forward(
+        self,
+        rows_BL: Tensor,
+        types_BL: Tensor,
+        gaps_BL: Tensor,
+        segments_BL: Tensor | None = None,
+        *,
+        table_VD: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_BLD. `segments_BL` for packed lines; `table_VD` where it is already at hand."""
+        table_VD = self.item_table() if table_VD is None else table_VD
+        x_BLD = F.embedding(rows_BL, table_VD) + self.event_type(types_BL) + self.gap(gaps_BL)
+        x_BLD = self.dropout(x_BLD)
+        mask = attention_mask(rows_BL.shape[1], self.config.max_len, segments_BL, rows_BL.device)
+        rotation = rotary(rows_BL.shape[1], self.config.dim // self.config.n_heads, rows_BL.device)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, mask, rotation)
+        return self.norm(x_BLD)
+
+    def describe(self, content_VC: Tensor) -> None:
+        """Take over the catalog's content (`Catalog.content`), hashed into our buckets."""
+        if content_VC.shape != self.content_VC.shape:
+            raise ValueError(f"content {tuple(content_VC.shape)} != {tuple(self.content_VC.shape)}")
+        buckets = 1 + content_VC % (self.config.content_buckets - 1)
+        self.content_VC.copy_(torch.where(content_VC > 0, buckets, 0))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the stream."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout
+        self.norm_attention = nn.LayerNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.norm_mlp = nn.LayerNorm(config.dim)
+        self.up = nn.Linear(config.dim, 4 * config.dim)
+        self.down = nn.Linear(4 * config.dim, config.dim)
+
+    def forward(self, x_BLD: Tensor, mask: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        B, L, D = x_BLD.shape
+        qkv = self.qkv(self.norm_attention(x_BLD)).view(B, L, 3, self.n_heads, D // self.n_heads)
+        q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK = rotate(q_BHLK, rotation), rotate(k_BHLK, rotation)
+        a_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask)
+        x_BLD = x_BLD + self._drop(self.out(a_BHLK.transpose(1, 2).reshape(B, L, D)))
+        return x_BLD + self._drop(self.down(F.gelu(self.up(self.norm_mlp(x_BLD)))))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def attention_mask(
+    length: int, max_len: int, segments_BL: Tensor | None, device: torch.device
+) -> Tensor:
+    """True where event i may look at event j: j <= i, fewer than `max_len` back, same segment.
+
+    (L, L), or (B, 1, L, L) for packed lines.
+    """
+    at = torch.arange(length, device=device)
+    back_LL = at[:, None] - at[None, :]
+    mask_LL = (back_LL >= 0) & (back_LL < max_len)
+    if segments_BL is None:
+        return mask_LL
+    return (mask_LL & (segments_BL[:, :, None] == segments_BL[:, None, :]))[:, None]
+
+
+def rotary(length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, K/2) of Su et al. 2021 (RoFormer): only distances survive in q.k."""
+    at = torch.arange(length, device=device, dtype=torch.float32)
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angle = at[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHLK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotation
+    a, b = x_BHLK.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

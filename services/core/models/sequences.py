@@ -1,0 +1,130 @@
+"""From histories to the integer arrays that models read: one way for training, distillation and
+serving, so that there is no skew between them.
+
+Shapes: E events of all users (each user's contiguous, oldest first), U users, B packed lines of
+L events.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.core.events import EventType
+
+Ints = NDArray[np.int64]
+
+N_GAPS: Final = 32  # 0: no event before; 1: the same second; then one bucket per doubling
+N_TYPES: Final = 16  # 0: padding; one code per event type; a rating's depends on its value
+
+_CODE_OF: Final = {
+    EventType.VIEW: 1,
+    EventType.CLICK: 2,
+    EventType.CART: 3,
+    EventType.PURCHASE: 4,
+    EventType.LIKE: 5,
+    EventType.RATING: 6,  # a rating without a value; with one, 7..11 for 1..5
+}
+
+
+class Features(NamedTuple):
+    """What a model reads of one event or many; arrays of equal shape."""
+
+    rows: Ints
+    types: Ints
+    gaps: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Many users' histories, one after the other."""
+
+    features: Features  # of E events
+    starts: Ints  # (U + 1,): user u's events are starts[u] .. starts[u + 1] - 1
+
+    def targets(self) -> Ints:
+        """For each event (E,), the row of the same user's next one; 0 where there is none."""
+        targets = np.zeros_like(self.features.rows)
+        targets[:-1] = self.features.rows[1:]
+        targets[self.starts[1:] - 1] = 0
+        return targets
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Histories laid end to end and cut into lines of equal length; all arrays are (B, L).
+
+    `segments` tells the users apart (0 is padding): attention stays inside a segment.
+    """
+
+    features: Features
+    segments: Ints
+    targets: Ints
+
+
+def features_of(
+    rows: Ints, types: Sequence[str], timestamps_ms: Ints, values: NDArray[np.float64] | None = None
+) -> Features:
+    """One user's history (oldest first) as model input; `values` holds NaN where there is none."""
+    first = np.zeros(len(rows), bool)
+    first[:1] = True
+    return Features(rows, type_codes(types, values), gap_codes(timestamps_ms, first))
+
+
+def sequences_of(
+    users: Ints,
+    rows: Ints,
+    types: Sequence[str],
+    timestamps_ms: Ints,
+    values: NDArray[np.float64] | None = None,
+) -> Sequences:
+    """Group a log, in time order, by user: each user's events keep their order."""
+    order = np.argsort(users, kind="stable")
+    users = users[order]
+    first = np.ones(len(users), bool)
+    first[1:] = users[1:] != users[:-1]
+    gaps = gap_codes(timestamps_ms[order], first)
+    codes = type_codes(types, values)[order]
+    starts = np.append(np.flatnonzero(first), len(users))
+    return Sequences(Features(rows[order], codes, gaps), starts)
+
+
+def type_codes(types: Sequence[str], values: NDArray[np.float64] | None = None) -> Ints:
+    """Event types as 1..N_TYPES-1; a rating's value is rounded into 1..5 and told apart."""
+    codes = np.asarray([_CODE_OF.get(name, 0) for name in types], np.int64)  # type: ignore[call-overload]
+    if values is not None:
+        valued = (codes == _CODE_OF[EventType.RATING]) & ~np.isnan(values)
+        codes[valued] += np.clip(np.rint(values[valued]), 1, 5).astype(np.int64)
+    return codes
+
+
+def gap_codes(timestamps_ms: Ints, first: NDArray[np.bool_]) -> Ints:
+    """Time since the event before, in doubling buckets of seconds; 0 where `first`."""
+    gaps_s = np.diff(timestamps_ms, prepend=timestamps_ms[:1]) / 1000
+    codes = 1 + np.ceil(np.log2(1 + np.maximum(gaps_s, 0))).astype(np.int64)
+    return np.where(first, 0, np.minimum(codes, N_GAPS - 1))
+
+
+def pack(sequences: Sequences, *, length: int, order: Ints | None = None) -> Packed:
+    """Lay the users end to end in `order` (default: as they are) and cut into lines.
+
+    Only the last line is padded. A user cut in two keeps every target; the second part starts
+    without context, as a user whose older events have expired does.
+    """
+    starts = sequences.starts
+    order = np.arange(len(starts) - 1) if order is None else order
+    lengths = (starts[1:] - starts[:-1])[order]
+    ends = np.cumsum(lengths)
+    n_events = int(lengths.sum())
+    # Event e of the lined-up users stood at: its user's start + its place within the user.
+    at = np.arange(n_events) + np.repeat(starts[:-1][order] - (ends - lengths), lengths)
+    segments = np.repeat(np.arange(1, len(order) + 1), lengths)
+    n_lines = -(-n_events // length)
+
+    def cut(flat: Ints) -> Ints:
+        return np.pad(flat, (0, n_lines * length - n_events)).reshape(n_lines, length)
+
+    features = Features(*(cut(column[at]) for column in sequences.features))
+    return Packed(features, cut(segments), cut(sequences.targets()[at]))

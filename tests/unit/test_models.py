@@ -1,0 +1,141 @@
+"""What every model must keep to, whatever its size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.core.losses import full_softmax
+from services.core.metrics import ndcg_at, ranks_of
+from services.core.models.encoder import EncoderConfig
+from services.core.models.recommender import Recommender
+from services.core.models.sequences import Sequences, pack, sequences_of
+from services.core.models.student import Student, StudentConfig
+from services.core.models.teacher import Teacher
+
+N_ROWS, N_CONTENT = 40, 16
+TEACHER = EncoderConfig(dim=32, n_layers=2, n_heads=2, max_len=16)
+STUDENT = StudentConfig(dim=16, n_layers=1, n_heads=2, max_len=16, teacher_dim=32)
+
+
+def content(n_rows: int = N_ROWS) -> np.ndarray:
+    tokens = np.random.default_rng(1).integers(0, 2**31 - 1, (500, N_CONTENT)).astype(np.int32)
+    tokens[0] = 0
+    return tokens[:n_rows]
+
+
+@pytest.fixture(params=["teacher", "student"])
+def model(request: pytest.FixtureRequest) -> Recommender:
+    torch.manual_seed(0)
+    made: Recommender = (
+        Teacher(TEACHER, n_rows=N_ROWS)
+        if request.param == "teacher"
+        else Student(STUDENT, n_rows=N_ROWS)
+    )
+    made.describe(content())
+    return made.eval()
+
+
+def histories(n_users: int, length: int, seed: int = 0) -> Sequences:
+    rng = np.random.default_rng(seed)
+    users = np.repeat(np.arange(n_users), length)
+    times = np.cumsum(rng.integers(0, 50_000, n_users * length))
+    rows = np.concatenate([1 + rng.permutation(N_ROWS - 1)[:length] for _ in range(n_users)])
+    return sequences_of(users, rows, ["rating"] * len(rows), times, rng.uniform(1, 5, len(rows)))
+
+
+def inputs(sequences: Sequences, length: int) -> list[torch.Tensor]:
+    packed = pack(sequences, length=length)
+    return [torch.from_numpy(a) for a in (*packed.features, packed.segments)]
+
+
+def test_overfits_ten_users(model: Recommender) -> None:
+    packed = pack(histories(10, 12), length=120)
+    rows, types, gaps, segments, targets = (
+        torch.from_numpy(a) for a in (*packed.features, packed.segments, packed.targets)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    for _ in range(150):
+        hidden_ND = model(rows, types, gaps, segments)[targets > 0]
+        scores_NV = model.scores(hidden_ND)
+        loss = full_softmax(scores_NV, targets[targets > 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    ranks = ranks_of(scores_NV.detach(), targets[targets > 0]).numpy()
+    assert ndcg_at(ranks, 10) > 0.95
+
+
+def test_a_later_event_changes_no_earlier_output(model: Recommender) -> None:
+    rows, types, gaps, _ = inputs(histories(1, 30), 30)
+    before = model(rows, types, gaps)
+    rows[0, 20], types[0, 20], gaps[0, 20] = 7, 1, 9
+    after = model(rows, types, gaps)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20], after[:, 20])
+
+
+def test_packed_and_alone_give_the_same(model: Recommender) -> None:
+    sequences = histories(4, 10)
+    packed = model(*inputs(sequences, 40)).view(4, 10, -1)
+    alone = model(*inputs(sequences, 10)[:3])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_relative(model: Recommender) -> None:
+    """With as many events as one layer sees, where the history was cut makes no difference."""
+    model = type(model)(
+        model.config_type(**{**vars(model.config), "n_layers": 1}),
+        n_rows=N_ROWS,
+    ).eval()
+    rows, types, gaps, _ = inputs(histories(1, 36), 36)
+    whole = model(rows, types, gaps)[:, -1]
+    cut = model(rows[:, -16:], types[:, -16:], gaps[:, -16:])[:, -1]
+    torch.testing.assert_close(whole, cut, atol=1e-5, rtol=1e-5)
+
+
+def test_growing_keeps_old_outputs_and_training_goes_on(model: Recommender) -> None:
+    rows, types, gaps, segments = inputs(histories(4, 10), 40)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        hidden = model(rows, types, gaps, segments)[0]
+        full_softmax(model.scores(hidden[:-1]), rows[0, 1:]).backward()
+        optimizer.step()
+
+    step()
+    before = model.scores(model(rows, types, gaps, segments)[0])
+    model.grow(content(N_ROWS + 9), optimizer=optimizer)
+    after = model.scores(model(rows, types, gaps, segments)[0])
+    torch.testing.assert_close(after[:, :N_ROWS], before)
+    assert after.shape[1] == N_ROWS + 9
+    assert after[:, N_ROWS:].std() > 0  # scored by its content
+    grown = model.encoder.item_id.weight
+    step()
+    assert grown[N_ROWS:].abs().sum() > 0  # the optimizer knows the new rows
+    with pytest.raises(ValueError, match="never shrinks"):
+        model.grow(content(N_ROWS))
+
+
+def test_saved_and_loaded_give_the_same(model: Recommender, tmp_path: Path) -> None:
+    rows, types, gaps, _ = inputs(histories(2, 8), 8)
+    model.save(tmp_path)
+    loaded = type(model).load(tmp_path)
+    assert torch.equal(
+        loaded.scores(loaded(rows, types, gaps)[:, -1]),
+        model.scores(model(rows, types, gaps)[:, -1]),
+    )
+
+
+def test_serving_scores_as_training_does() -> None:
+    torch.manual_seed(0)
+    student = Student(STUDENT, n_rows=N_ROWS).eval()
+    student.describe(content())
+    rows, types, gaps, _ = inputs(histories(1, 20), 20)
+    served = student.for_serving().score_next(rows, types, gaps)
+    trained = student.scores(student(rows, types, gaps)[:, -1])[0]
+    torch.testing.assert_close(served, trained, atol=1e-5, rtol=1e-5)
+    assert served[0] == -torch.inf
