@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.core.errors import InvalidEventError
+from services.core.events import Event, EventType, Item, decode_event, decode_item, encode
+
+NOW_MS = 1_750_000_000_000
+
+ids = st.text(min_size=1, max_size=256).filter(lambda text: text.isprintable())
+events = st.builds(
+    Event,
+    event_id=ids,
+    user_id=ids,
+    item_id=ids,
+    type=st.sampled_from(EventType),
+    timestamp=st.integers(0, NOW_MS),
+    value=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    context=st.none() | st.dictionaries(st.text(), st.integers() | st.text()),
+)
+
+
+def raw(**changes: object) -> bytes:
+    event = {
+        "event_id": "e1",
+        "user_id": "u1",
+        "item_id": "i1",
+        "type": "click",
+        "timestamp": NOW_MS,
+        **changes,
+    }
+    return json.dumps({k: v for k, v in event.items() if v != "absent"}).encode()
+
+
+@given(events)
+def test_what_is_encoded_is_decoded(event: Event) -> None:
+    assert decode_event(encode(event), arrival_ms=NOW_MS, max_future_s=0) == event
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_event_or_a_clear_error(data: bytes) -> None:
+    try:
+        decode_event(data, arrival_ms=NOW_MS, max_future_s=0)
+    except InvalidEventError as error:
+        assert error.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "word"),
+    [
+        ({"type": "buy"}, "type", "'purchase'"),
+        ({"user_id": ""}, "user_id", "at least 1"),
+        ({"user_id": "absent"}, "user_id", "required"),
+        ({"timestamp": NOW_MS * 1000}, "timestamp", "less than or equal"),
+        ({"timestamp": NOW_MS + 301_000}, "timestamp", "after arrival"),
+        ({"value": "five"}, "value", "number"),
+        ({"colour": "red"}, "colour", "context"),
+        ({"schema_version": 2}, "schema_version", "less than or equal to 1"),
+    ],
+)
+def test_a_bad_event_names_field_and_fix(changes: dict[str, object], field: str, word: str) -> None:
+    with pytest.raises(InvalidEventError) as caught:
+        decode_event(raw(**changes), arrival_ms=NOW_MS, max_future_s=300)
+    assert caught.value.field == field
+    assert word in caught.value.fix
+
+
+def test_impressions_and_skips_are_no_interactions() -> None:
+    kinds = {kind for kind in EventType if _event(kind).is_interaction}
+    assert kinds == set(EventType) - {EventType.IMPRESSION, EventType.SKIP}
+
+
+def test_items_travel_the_same_way() -> None:
+    item = Item(item_id="i1", title="Heat (1995)", categories=["Action"], vector=[0.5, 1.0])
+    assert decode_item(encode(item)) == item
+    with pytest.raises(InvalidEventError, match="item_id"):
+        decode_item(b'{"title": "no id"}')
+
+
+def _event(kind: EventType) -> Event:
+    return Event(event_id="e", user_id="u", item_id="i", type=kind, timestamp=0)

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from services.core.errors import SettingsError
+from services.core.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_bad_value_names_itself_and_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFLUX_PROXY", "nginx")
+    monkeypatch.setenv("REFLUX_PARTITIONS", "0")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    message = str(caught.value)
+    assert "REFLUX_PROXY='nginx'" in message
+    assert "'haproxy' or 'python'" in message
+    assert "REFLUX_PARTITIONS='0'" in message
+    assert "greater than or equal to 1" in message
+
+
+def test_environment_beats_file_beats_running_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / ".reflux"
+    home.mkdir()
+    running = {"redis": "stack:1", "kafka_bootstrap": "stack:2", "gateway_url": "http://stack:3"}
+    (home / "stack.json").write_text(json.dumps({"settings": running}))
+    (tmp_path / "reflux.toml").write_text('redis = "file:1"\nkafka_bootstrap = "file:2"\n')
+    monkeypatch.setenv("REFLUX_REDIS", "environment:1")
+    settings = Settings.load()
+    assert settings.redis == "environment:1"
+    assert settings.kafka_bootstrap == "file:2"
+    assert settings.gateway_url == "http://stack:3"
+
+
+def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "reflux.toml").write_text("partition = 4\n")
+    with pytest.raises(SettingsError, match=r"partition: no such setting.*partitions"):
+        Settings.load()
+
+
+def test_what_a_child_process_gets_is_what_we_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.load(partitions=7, impressions=False, home=Path("here"))
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    again = Settings.load()
+    assert again == settings.model_copy(update={"home": Path("here").absolute()})
