@@ -1,0 +1,249 @@
+"""How topics, producers and consumers are made, and where a partition ends.
+
+Right on Apache Kafka and on the embedded broker, which differs where comments say so.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any, Final, TypeVar
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from services.core.errors import SettingsError, UnavailableError
+from services.core.eventlog import EPOCH_SPAN, EventLog
+from services.core.events import EVENTS, ITEMS, dead_topic
+from services.core.settings import Settings
+
+MAX_RECORD_BYTES: Final = 1_000_000  # Kafka's default limit is 1 MiB, headers included
+GROUP: Final = "reflux-features"  # the feature workers
+
+Client = TypeVar("Client")
+
+
+def ensure_topics(settings: Settings) -> None:
+    """Create the topics that are missing: `events`, `items` and their dead letters."""
+    wanted = {EVENTS: settings.partitions, ITEMS: settings.partitions}
+    wanted |= {dead_topic(topic): 1 for topic in wanted}
+    with _admin(settings) as admin:
+        for topic, partitions in wanted.items():
+            spec = {
+                "num_partitions": partitions,
+                "replication_factor": settings.replication,
+                # Arrival is the broker's clock; the embedded one keeps the producer's.
+                "configs": {"message.timestamp.type": "LogAppendTime"},
+            }
+            try:
+                admin.create_topics({topic: spec})
+            except TopicAlreadyExistsError:
+                continue
+
+
+def topic_id(settings: Settings, topic: str) -> str:
+    """The id that the broker gave the topic when it was created; a new topic has a new one."""
+    with _admin(settings) as admin:
+        return str(admin.describe_topics([topic])[0]["topic_id"])
+
+
+def resume_offsets(
+    settings: Settings, log: EventLog, partitions: Iterable[int] | None = None
+) -> dict[int, int]:
+    """Log offsets at which to go on reading the log's topic in Kafka (default: all partitions).
+
+    Seek to `kafka_offset(...)` of them; a record's log offset is its own plus
+    `epoch_of(...) * EPOCH_SPAN`. A topic that was created anew since begins the next epoch here.
+    """
+    with _admin(settings) as admin:
+        topic = admin.describe_topics([log.topic])[0]
+    begin = log.epoch(str(topic["topic_id"])) * EPOCH_SPAN
+    end = log.end()
+    if partitions is None:
+        partitions = [partition["partition_index"] for partition in topic["partitions"]]
+    return {partition: max(begin, end.get(partition, begin)) for partition in partitions}
+
+
+def make_producer(settings: Settings, **overrides: Any) -> KafkaProducer:
+    """An idempotent producer that waits for all replicas; linger 5 ms makes batches of streams."""
+    timeout_ms = max(20, int(settings.kafka_timeout_s * 1000))
+    defaults: dict[str, Any] = {
+        "linger_ms": 5,
+        "batch_size": 256 * 1024,
+        "max_block_ms": timeout_ms,
+        "delivery_timeout_ms": timeout_ms,
+        "request_timeout_ms": timeout_ms - 5,  # linger + request must fit into delivery
+    }
+    return _connect(KafkaProducer, settings, **{**defaults, **overrides})
+
+
+def make_consumer(
+    settings: Settings, *, group: str | None = None, **overrides: Any
+) -> KafkaConsumer:
+    """A consumer without automatic commits; the caller subscribes, or assigns and seeks.
+
+    Measured on the embedded broker: a fetch waits 125 ms unless told 10, a join takes half the
+    session timeout, and polls of 5,000 double the throughput.
+    """
+    defaults: dict[str, Any] = {
+        "group_id": group,
+        "enable_auto_commit": False,
+        "auto_offset_reset": "earliest",
+        "fetch_max_wait_ms": 10,
+        "session_timeout_ms": 6_000,
+        "heartbeat_interval_ms": 2_000,
+        "max_poll_records": 5_000,
+        "max_partition_fetch_bytes": 4 * 2**20,
+    }
+    return _connect(KafkaConsumer, settings, **{**defaults, **overrides})
+
+
+def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
+    """Per partition the Kafka offset that the next record will get."""
+    with closing(make_consumer(settings)) as consumer:
+        return _end_offsets(settings, consumer, topic)
+
+
+def lag(settings: Settings, topic: str = EVENTS, *, group: str = GROUP) -> dict[int, int]:
+    """Per partition how many records `group` has not committed yet."""
+    with closing(make_consumer(settings, group=group)) as consumer:
+        return {
+            partition: end - (consumer.committed(TopicPartition(topic, partition)) or 0)
+            for partition, end in _end_offsets(settings, consumer, topic).items()
+        }
+
+
+class Publisher:
+    """Writes records and returns when Kafka has them; thread-safe; survives its broker.
+
+    An idempotent producer never recovers from a broker that lost its log, so one that failed is
+    replaced, and what it didn't deliver is sent again: a record may then be twice in Kafka, and
+    the event's id makes it count once.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # Half of the time, so that a second producer gets its turn before the deadline.
+        self._half = _within(settings, settings.kafka_timeout_s / 2)
+        self._producer: KafkaProducer | None = None
+        self._lock = threading.Lock()
+
+    def publish(self, topic: str, records: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send (key, value) pairs; raise `UnavailableError` after `kafka_timeout_s`.
+
+        After the error some of the records may be in Kafka nevertheless.
+        """
+        deadline = time.monotonic() + self._settings.kafka_timeout_s
+        pending = list(records)
+        while pending:
+            producer = self._connected(deadline)
+            error, pending = _send(producer, topic, pending, deadline=deadline)
+            if error is None:
+                continue
+            self._discard(producer)
+            if time.monotonic() > deadline:
+                raise _unavailable(self._settings, error)
+
+    def ready(self) -> bool:
+        """Whether Kafka can be reached; connects if need be."""
+        try:
+            producer = self._connected(time.monotonic() + self._settings.kafka_timeout_s / 2)
+            return bool(producer.bootstrap_connected() or producer.partitions_for(EVENTS))
+        except (UnavailableError, KafkaError):
+            return False
+
+    def close(self) -> None:
+        """Deliver what is on its way, at most for `kafka_timeout_s`."""
+        if self._producer is not None:
+            self._producer.close(timeout=self._settings.kafka_timeout_s)
+            self._producer = None
+
+    def _connected(self, deadline: float) -> KafkaProducer:
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise _unavailable(self._settings, "still connecting")
+        try:
+            if self._producer is None:
+                ensure_topics(_within(self._settings, deadline - time.monotonic()))
+                self._producer = make_producer(self._half)
+            return self._producer
+        finally:
+            self._lock.release()
+
+    def _discard(self, producer: KafkaProducer) -> None:
+        with self._lock:
+            if self._producer is producer:
+                self._producer = None
+        producer.close(timeout=0)
+
+
+def _send(
+    producer: KafkaProducer, topic: str, records: list[tuple[bytes, bytes]], *, deadline: float
+) -> tuple[KafkaError | None, list[tuple[bytes, bytes]]]:
+    """Send all; return the last error, if any, and the records that were not acknowledged."""
+    sent = []
+    failed: list[tuple[bytes, bytes]] = []
+    error: KafkaError | None = None
+    for key, value in records:
+        try:
+            sent.append(producer.send(topic, key=key, value=value))
+        except KafkaError as problem:
+            error = problem
+            break
+    for future, record in zip(sent, records, strict=False):
+        try:
+            future.get(timeout=max(0.0, deadline - time.monotonic()))
+        except KafkaError as problem:
+            error = problem
+            failed.append(record)
+    return error, failed + records[len(sent) :]
+
+
+def _end_offsets(settings: Settings, consumer: KafkaConsumer, topic: str) -> dict[int, int]:
+    """The embedded broker's own answer is the first offset of its last batch; the high watermark
+    that comes with a fetch from there is right on every broker."""
+    partitions = [
+        TopicPartition(topic, number)
+        for number in sorted(consumer.partitions_for_topic(topic) or ())
+    ]
+    if not partitions:
+        raise UnavailableError(f"Kafka has no topic {topic!r}; `reflux up` creates it")
+    consumer.assign(partitions)
+    for partition, offset in consumer.end_offsets(partitions).items():
+        consumer.seek(partition, offset)
+    deadline = time.monotonic() + settings.kafka_timeout_s
+    while any(consumer.highwater(partition) is None for partition in partitions):
+        consumer.poll(timeout_ms=20)
+        if time.monotonic() > deadline:
+            raise _unavailable(settings, f"no answer about the end of {topic!r}")
+    return {partition.partition: consumer.highwater(partition) for partition in partitions}
+
+
+def _admin(settings: Settings) -> closing[KafkaAdminClient]:
+    return closing(_connect(KafkaAdminClient, settings))
+
+
+def _connect(client: Callable[..., Client], settings: Settings, **config: Any) -> Client:
+    if not settings.kafka_bootstrap:
+        raise SettingsError(
+            "REFLUX_KAFKA_BOOTSTRAP is empty and no stack runs here; set it to host:port, "
+            "or start the embedded broker with `reflux up`"
+        )
+    try:
+        return client(
+            bootstrap_servers=settings.kafka_bootstrap.split(","),
+            bootstrap_timeout_ms=max(1, int(settings.kafka_timeout_s * 1000)),
+            **config,
+        )
+    except KafkaError as error:
+        raise _unavailable(settings, error) from None
+
+
+def _within(settings: Settings, timeout_s: float) -> Settings:
+    return settings.model_copy(update={"kafka_timeout_s": max(0.1, timeout_s)})
+
+
+def _unavailable(settings: Settings, why: object) -> UnavailableError:
+    return UnavailableError(
+        f"Kafka at {settings.kafka_bootstrap} doesn't answer in time ({why}); "
+        "check that it runs and is reachable, or raise REFLUX_KAFKA_TIMEOUT_S"
+    )
