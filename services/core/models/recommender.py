@@ -105,7 +105,7 @@ def _padded(tensor: Tensor, n_rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(n_rows - len(tensor), *tensor.shape[1:])])
 
 
-def _grown(old: nn.Parameter, n_rows: int, optimizer: torch.optim.Optimizer | None) -> nn.Parameter:
+def _grown(old: Tensor, n_rows: int, optimizer: torch.optim.Optimizer | None) -> nn.Parameter:
     new = nn.Parameter(_padded(old.detach(), n_rows))
     if optimizer is not None:
         for group in optimizer.param_groups:
