@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from services.core import losses
 
@@ -13,13 +14,22 @@ def random_scores() -> torch.Tensor:
     return scores
 
 
-def test_full_softmax_is_finite_with_label_smoothing(scores_NV: torch.Tensor) -> None:
-    targets_N = torch.randint(1, V, (N,))
-    plain = losses.full_softmax(scores_NV, targets_N)
-    assert torch.isfinite(losses.full_softmax(scores_NV, targets_N, label_smoothing=0.1))
-    torch.testing.assert_close(
-        plain, losses.full_softmax(scores_NV, targets_N, label_smoothing=1e-9), rtol=1e-4, atol=1e-4
-    )
+def test_full_softmax_is_cross_entropy_and_so_are_its_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets_N = torch.randint(1, V, (300,), generator=generator)  # more than one block
+    results = []
+    for fused in (True, False):
+        generator.manual_seed(1)
+        inputs = [torch.randn(*s, generator=generator) for s in ((300, D), (V, D), (V,))]
+        hidden_ND, table_VD, bias_V = (x.requires_grad_() for x in inputs)
+        if fused:
+            loss = losses.full_softmax(hidden_ND, table_VD, bias_V, targets_N)
+        else:
+            scores_NV = hidden_ND @ table_VD.T + bias_V
+            loss = F.cross_entropy(scores_NV[:, 1:], targets_N - 1)
+        (3 * loss).backward()
+        results.append([loss, hidden_ND.grad, table_VD.grad, bias_V.grad])
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_sampling_tends_to_the_full_softmax() -> None:
@@ -31,9 +41,7 @@ def test_sampling_tends_to_the_full_softmax() -> None:
     q_V[0] = 0.0
     q_V /= q_V.sum()
     targets_N = torch.randint(1, V, (N,), generator=generator)
-    scores_NV = hidden_ND @ table_VD.T
-    scores_NV[:, 0] = -torch.inf
-    exact = losses.full_softmax(scores_NV, targets_N)
+    exact = losses.full_softmax(hidden_ND, table_VD, bias_V, targets_N)
     sampled_S = torch.multinomial(q_V, 100_000, replacement=True, generator=generator)
     sampled = losses.sampled_softmax(hidden_ND, table_VD, bias_V, targets_N, sampled_S, q_V.log())
     torch.testing.assert_close(sampled, exact, rtol=0.02, atol=0.02)

@@ -59,12 +59,12 @@ def test_overfits_ten_users(model: Recommender) -> None:
     model.train()
     for _ in range(150):
         hidden_ND = model(rows, types, gaps, segments)[targets > 0]
-        scores_NV = model.scores(hidden_ND)
-        loss = full_softmax(scores_NV, targets[targets > 0])
+        table_VD = model.encoder.item_table()
+        loss = full_softmax(hidden_ND, table_VD, model.bias_V, targets[targets > 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    ranks = ranks_of(scores_NV.detach(), targets[targets > 0]).numpy()
+    ranks = ranks_of(model.scores(hidden_ND).detach(), targets[targets > 0]).numpy()
     assert ndcg_at(ranks, 10) > 0.95
 
 
@@ -103,7 +103,8 @@ def test_growing_keeps_old_outputs_and_training_goes_on(model: Recommender) -> N
     def step() -> None:
         optimizer.zero_grad()
         hidden = model(rows, types, gaps, segments)[0]
-        full_softmax(model.scores(hidden[:-1]), rows[0, 1:]).backward()
+        table_VD = model.encoder.item_table()
+        full_softmax(hidden[:-1], table_VD, model.bias_V, rows[0, 1:]).backward()
         optimizer.step()
 
     step()
