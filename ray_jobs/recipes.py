@@ -1,0 +1,146 @@
+"""Named, typed runs: what to train, how long, on what. `load("tiny_cpu")` gives a `Recipe`.
+
+Add a recipe by adding a plain function to `RECIPES`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.core.models.encoder import EncoderConfig
+from services.core.models.student import StudentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the teacher is trained. Training ends at `max_epochs` or `max_train_s`, whichever is
+    first, and the learning rate comes down over whichever is nearer."""
+
+    num_workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    threads_per_worker: int = 1
+    max_epochs: float
+    max_train_s: float
+    refresh_epochs: float  # when a previous teacher is at hand to start from
+    refresh_train_s: float
+    line_events: int  # events per packed line: the longest context in training
+    batch_lines: int  # packed lines per step and worker
+    learning_rate: float
+    refresh_learning_rate: float
+    warm_up: float = 0.05  # share of the run over which the learning rate rises
+    weight_decay: float = 0.01
+    sampled_negatives: int = 0  # 0: full softmax
+    last_slice: float = 0.05  # newest share of the log, judged before it is learned
+    max_worse: float = 0.05  # a refresh this much worse there than its parent isn't promoted
+    checkpoint_every_s: float = 30.0
+    max_failures: int = 3  # killed workers survived
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How the student learns, for ever. A weight of 0 switches its term off."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    temperature: float = 2.0
+    hard_weight: float = 1.0
+    soft_weight: float = 1.0
+    hidden_weight: float = 0.1
+    replay_weight: float = 1.0
+    top_k: int = 200  # teacher candidates per event
+    replay_users: int = 32  # drawn per micro-batch
+    context_events: int = 100  # before the new events of a chunk
+    teacher_half_life_events: int = 100_000  # the soft weight halves as the teacher ages
+    warm_up_epochs: float = 4.0  # over the log, before the first version
+    warm_up_s: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    teacher: EncoderConfig
+    student: StudentConfig
+    train: TrainConfig
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+def tiny_cpu() -> Recipe:
+    """Two cores, a million events: teacher in 100 s, refreshes in less, a 1 ms student."""
+    teacher = EncoderConfig(dim=128, n_layers=2, n_heads=4, max_len=128, dropout=0.1)
+    return Recipe(
+        name="tiny_cpu",
+        teacher=teacher,
+        student=StudentConfig(
+            **{**dataclasses.asdict(teacher), "dim": 16, "n_layers": 2, "n_heads": 2},
+            teacher_dim=teacher.dim,
+        ),
+        train=TrainConfig(
+            num_workers=2,
+            max_epochs=20,
+            max_train_s=100,
+            refresh_epochs=3,
+            refresh_train_s=45,
+            line_events=256,
+            batch_lines=4,
+            learning_rate=3e-3,
+            refresh_learning_rate=1e-3,
+        ),
+    )
+
+
+def one_gpu() -> Recipe:
+    """One GPU, tens of millions of events."""
+    tiny = tiny_cpu()
+    return dataclasses.replace(
+        tiny,
+        name="one_gpu",
+        teacher=dataclasses.replace(tiny.teacher, dim=256, n_layers=8, n_heads=8, max_len=512),
+        student=dataclasses.replace(tiny.student, dim=64, n_heads=2, teacher_dim=256),
+        train=dataclasses.replace(
+            tiny.train,
+            num_workers=1,
+            use_gpu=True,
+            cpus_per_worker=4,
+            threads_per_worker=4,
+            max_train_s=1800,
+            refresh_train_s=600,
+            line_events=1024,
+            batch_lines=32,
+            learning_rate=1e-3,
+            refresh_learning_rate=3e-4,
+            checkpoint_every_s=60,
+        ),
+    )
+
+
+def many_gpus() -> Recipe:
+    """Eight GPUs on any number of nodes; the catalog may be too large for a full softmax."""
+    one = one_gpu()
+    return dataclasses.replace(
+        one,
+        name="many_gpus",
+        teacher=dataclasses.replace(one.teacher, dim=512, n_layers=12, max_len=1024),
+        student=dataclasses.replace(one.student, teacher_dim=512),
+        train=dataclasses.replace(
+            one.train,
+            num_workers=8,
+            line_events=2048,
+            sampled_negatives=8192,
+            max_train_s=4 * 3600,
+            refresh_train_s=3600,
+        ),
+    )
+
+
+RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
+    recipe.__name__: recipe for recipe in (tiny_cpu, one_gpu, many_gpus)
+}
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name; ValueError lists the names there are."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r}: no such recipe; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()
