@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from ray_jobs.evaluate import Bar
 from services.core.models.encoder import EncoderConfig
 from services.core.models.student import StudentConfig
 
@@ -42,19 +43,44 @@ class TrainConfig:
 class DistillConfig:
     """How the student learns, for ever. A weight of 0 switches its term off."""
 
+    num_workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    threads_per_worker: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    temperature: float = 2.0
+    clip_norm: float = 1.0
     hard_weight: float = 1.0
-    soft_weight: float = 1.0
-    hidden_weight: float = 0.1
-    replay_weight: float = 1.0
-    top_k: int = 200  # teacher candidates per event
-    replay_users: int = 32  # drawn per micro-batch
-    context_events: int = 100  # before the new events of a chunk
-    teacher_half_life_events: int = 100_000  # the soft weight halves as the teacher ages
-    warm_up_epochs: float = 4.0  # over the log, before the first version
-    warm_up_s: float = 60.0
+    soft_weight: float = 0.5
+    hidden_weight: float = 0.2
+    temperature: float = 2.0
+    top_k: int = 64  # teacher candidates per event
+    context_events: int = 50  # before the new events of a sequence
+    keep_events: int = 2048  # remembered per user: context, what was seen, replay
+    replay_weight: float = 1.0  # of a replayed event, against 1 for a new one
+    replay_users: int = 8  # per micro-batch, each with a window of `context_events`
+    teacher_half_life_events: int = 300_000  # trust in a teacher halves as it ages
+    stale_teacher: bool = True  # keep scoring the first teacher, to show what ageing costs
+    warm_up_s: float = 40.0  # on the log, before the first version
+    warm_up_epochs: float = 4.0  # whichever ends first
+    warm_up_events: int = 1_000_000  # the latest of the log
+    warm_up_users: int = 24  # windows per step
+    warm_up_learning_rate: float = 4e-3
+    poll_s: float = 0.5
+    max_events: int = 2_000  # of one micro-batch
+    bar: Bar = field(default_factory=Bar)
+    failures_until_reset: int = 3  # rejections in a row until the job goes back to what serves
+
+    def __post_init__(self) -> None:
+        for name in ("hard_weight", "soft_weight", "hidden_weight", "replay_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: must be above 0")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.soft_weight > 0 or self.hidden_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
