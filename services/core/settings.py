@@ -31,6 +31,7 @@ class Settings(BaseSettings):
 
     # Where things are. Empty addresses mean: `reflux up` starts an embedded one.
     home: Path = Field(Path(".reflux"), description="logs, pids and the embedded stack's state")
+    data: str = Field("", description="folder that holds ml-1m/ or ml-100k/; empty: fetched")
     kafka_bootstrap: str = Field("", description="host:port[,host:port]; empty: embedded broker")
     redis: str = Field("", description="host:port[,password=...]; empty: embedded Redis")
     ray_address: str = Field("", description="dashboard URL (http://host:8265); empty: embedded")
