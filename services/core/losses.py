@@ -10,13 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def full_softmax(hidden_ND: Tensor, table_VD: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy of the next item over the whole catalog, mean over positions.
+def full_softmax(
+    hidden_ND: Tensor,
+    table_VD: Tensor,
+    bias_V: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the next item over the whole catalog, mean over positions (weighted).
 
     Equal to `F.cross_entropy(model.scores(hidden_ND), targets_N)`, without ever holding the
     N x V scores: on one core 2.7 times as fast at N = 4096, V = 3884, D = 64.
     """
-    loss: Tensor = _FullSoftmax.apply(hidden_ND, table_VD, bias_V, targets_N)
+    if weights_N is None:
+        weights_N = hidden_ND.new_ones(len(targets_N))
+    share_N = weights_N / weights_N.sum().clamp_min(1e-9)
+    loss: Tensor = _FullSoftmax.apply(hidden_ND, table_VD, bias_V, targets_N, share_N)
     return loss
 
 
@@ -28,34 +37,40 @@ class _FullSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, table_VD: Tensor, bias_V: Tensor, targets_N: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        table_VD: Tensor,
+        bias_V: Tensor,
+        targets_N: Tensor,
+        share_N: Tensor,
     ) -> Tensor:
         d_hidden_ND = torch.empty_like(hidden_ND)
         d_table_VD = torch.zeros_like(table_VD)
         d_bias_V = torch.zeros_like(bias_V)
         total = hidden_ND.new_zeros(())
-        n = len(targets_N)
-        for at in range(0, n, _FullSoftmax.BLOCK):
-            hidden, target = (x[at : at + _FullSoftmax.BLOCK] for x in (hidden_ND, targets_N))
+        for at in range(0, len(targets_N), _FullSoftmax.BLOCK):
+            block = slice(at, at + _FullSoftmax.BLOCK)
+            hidden, target, share = hidden_ND[block], targets_N[block], share_N[block, None]
             logits = torch.addmm(bias_V, hidden, table_VD.T)
             logits[:, 0] = -torch.inf
             own = logits.gather(1, target[:, None])
             top = logits.amax(1, keepdim=True)
             odds = logits.sub_(top).exp_()
             z = odds.sum(1, keepdim=True)
-            total += (top + z.log() - own).sum()
+            total += (share * (top + z.log() - own)).sum()
             # Dividing by z and taking away the one-hot on the small side saves passes over odds.
-            d_hidden_ND[at : at + len(hidden)] = (odds @ table_VD).div_(z) - table_VD[target]
-            d_table_VD.addmm_(odds.T, hidden / z).index_add_(0, target, hidden, alpha=-1)
-            d_bias_V.addmv_(odds.T, 1 / z[:, 0])
-        d_bias_V -= torch.bincount(targets_N, minlength=len(bias_V))
-        ctx.save_for_backward(d_hidden_ND.div_(n), d_table_VD.div_(n), d_bias_V.div_(n))
-        return total / n
+            d_hidden_ND[block] = share * ((odds @ table_VD).div_(z) - table_VD[target])
+            d_table_VD.addmm_(odds.T, hidden * (share / z))
+            d_table_VD.index_add_(0, target, hidden * share, alpha=-1)
+            d_bias_V.addmv_(odds.T, (share / z)[:, 0])
+        d_bias_V.index_add_(0, targets_N, share_N, alpha=-1)
+        ctx.save_for_backward(d_hidden_ND, d_table_VD, d_bias_V)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_ND, d_table_VD, d_bias_V = ctx.saved_tensors
-        return grads[0] * d_hidden_ND, grads[0] * d_table_VD, grads[0] * d_bias_V, None
+        return grads[0] * d_hidden_ND, grads[0] * d_table_VD, grads[0] * d_bias_V, None, None
 
 
 def sampled_softmax(

@@ -17,16 +17,18 @@ def random_scores() -> torch.Tensor:
 def test_full_softmax_is_cross_entropy_and_so_are_its_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     targets_N = torch.randint(1, V, (300,), generator=generator)  # more than one block
+    weights_N = torch.rand(300, generator=generator)
     results = []
     for fused in (True, False):
         generator.manual_seed(1)
         inputs = [torch.randn(*s, generator=generator) for s in ((300, D), (V, D), (V,))]
         hidden_ND, table_VD, bias_V = (x.requires_grad_() for x in inputs)
         if fused:
-            loss = losses.full_softmax(hidden_ND, table_VD, bias_V, targets_N)
+            loss = losses.full_softmax(hidden_ND, table_VD, bias_V, targets_N, weights_N)
         else:
             scores_NV = hidden_ND @ table_VD.T + bias_V
-            loss = F.cross_entropy(scores_NV[:, 1:], targets_N - 1)
+            loss_N = F.cross_entropy(scores_NV[:, 1:], targets_N - 1, reduction="none")
+            loss = (loss_N * weights_N).sum() / weights_N.sum()
         (3 * loss).backward()
         results.append([loss, hidden_ND.grad, table_VD.grad, bias_V.grad])
     torch.testing.assert_close(results[0], results[1])
