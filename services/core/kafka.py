@@ -144,14 +144,6 @@ class Publisher:
             if time.monotonic() > deadline:
                 raise _unavailable(self._settings, error)
 
-    def ready(self) -> bool:
-        """Whether Kafka can be reached; connects if need be."""
-        try:
-            producer = self._connected(time.monotonic() + self._settings.kafka_timeout_s / 2)
-            return bool(producer.bootstrap_connected() or producer.partitions_for(EVENTS))
-        except (UnavailableError, KafkaError):
-            return False
-
     def close(self) -> None:
         """Deliver what is on its way, at most for `kafka_timeout_s`."""
         if self._producer is not None:

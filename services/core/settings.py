@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     partitions: int = Field(4, ge=1, le=1024, description="of the topics `events` and `items`")
     replication: int = Field(1, ge=1, le=9, description="of every topic")
     workers: int = Field(1, ge=1, le=64, description="feature workers on one machine")
+    worker_metrics_port: int = Field(
+        0, ge=0, le=65535, description="where a feature worker serves /metrics; 0: nowhere"
+    )
     history_events: int = Field(512, ge=16, le=4096, description="events kept online per user")
     log_flush_s: float = Field(
         2.0, gt=0, le=600, description="at most this long until a Parquet file"

@@ -1,0 +1,98 @@
+"""From the body of a request to records for Kafka, and a reason for each that is none. Pure."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import orjson
+from pydantic import BaseModel, Field
+
+from services.core.errors import InvalidEventError
+from services.core.events import Event, Item, decode_event, decode_item, encode
+from services.core.kafka import MAX_RECORD_BYTES
+
+NDJSON: Final = "application/x-ndjson"
+SHOWN_VALUE_CHARS: Final = 200
+
+Record = TypeVar("Record", Event, Item)
+
+
+class Rejected(BaseModel):
+    """Why one record of a request was not accepted, and what would be."""
+
+    index: int = Field(description="its place in the request, from 0 (blank lines don't count)")
+    field: str = Field(description="dotted path of the offending field; empty: the whole record")
+    value: Any = Field(description="what stood there, shortened")
+    fix: str
+
+
+class Answer(BaseModel):
+    """How many records Kafka has, and which ones were rejected."""
+
+    accepted: int
+    rejected: list[Rejected] = []
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Key and value of each valid record, in order, and the rejected ones."""
+
+    valid: list[tuple[bytes, bytes]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def split(body: bytes, *, content_type: str) -> list[bytes]:
+    """The records of a body: NDJSON by its content type, else a JSON array or one JSON value."""
+    if content_type.partition(";")[0].strip().lower() == NDJSON:
+        return [line for line in body.split(b"\n") if line.strip()]
+    if not body.lstrip().startswith(b"["):
+        return [body]
+    try:
+        return [orjson.dumps(record) for record in orjson.loads(body)]
+    except orjson.JSONDecodeError as error:
+        raise InvalidEventError(field="", value=None, fix=f"is not JSON ({error})") from None
+
+
+def parse_events(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
+    def decode(record: bytes) -> Event:
+        return decode_event(record, arrival_ms=arrival_ms, max_future_s=max_future_s)
+
+    return _parse(raw, decode, key=lambda event: event.user_id)
+
+
+def parse_items(raw: Iterable[bytes], *, arrival_ms: int) -> Batch:
+    """Metadata without a timestamp is as of its arrival."""
+
+    def decode(record: bytes) -> Item:
+        item = decode_item(record)
+        return item if item.timestamp else item.model_copy(update={"timestamp": arrival_ms})
+
+    return _parse(raw, decode, key=lambda item: item.item_id)
+
+
+def _parse(
+    raw: Iterable[bytes], decode: Callable[[bytes], Record], *, key: Callable[[Record], str]
+) -> Batch:
+    batch = Batch()
+    for index, given in enumerate(raw):
+        try:
+            record = decode(given)
+            value = encode(record)
+            if len(value) > MAX_RECORD_BYTES:
+                raise InvalidEventError(
+                    field="", value=None, fix=f"must be at most {MAX_RECORD_BYTES} bytes of JSON"
+                )
+        except InvalidEventError as error:
+            batch.rejected.append(rejection(index, error))
+        else:
+            batch.valid.append((key(record).encode(), value))
+    return batch
+
+
+def rejection(index: int, error: InvalidEventError) -> Rejected:
+    return Rejected(index=index, field=error.field, value=_shown(error.value), fix=error.fix)
+
+
+def _shown(value: object) -> object:
+    text = str(value)
+    return value if len(text) <= SHOWN_VALUE_CHARS else text[:SHOWN_VALUE_CHARS] + "..."
