@@ -39,7 +39,7 @@ def hr_at(ranks: Ranks, k: int) -> float:
 
 def ndcg_at(ranks: Ranks, k: int) -> float:
     """Mean of 1 / log2(1 + rank) within the first k, else 0 (one target each)."""
-    return float(_gains(ranks, k).mean()) if len(ranks) else 0.0
+    return float(gains_at(ranks, k).mean()) if len(ranks) else 0.0
 
 
 def mrr(ranks: Ranks) -> float:
@@ -75,7 +75,7 @@ class Prequential:
                 total = sums.setdefault(name, {"events": 0.0, "hr": 0.0, "ndcg": 0.0})
                 total["events"] += len(values)
                 total["hr"] += float((values <= self.k).sum())
-                total["ndcg"] += float(_gains(values, self.k).sum())
+                total["ndcg"] += float(gains_at(values, self.k).sum())
 
     def metrics(self) -> dict[str, float]:
         """Flat: `window.events`, `window.student.ndcg@10`, `stream.teacher.hr@10`, ..."""
@@ -105,6 +105,6 @@ class Prequential:
         return restored
 
 
-def _gains(ranks: Ranks, k: int) -> NDArray[np.float64]:
+def gains_at(ranks: Ranks, k: int) -> NDArray[np.float64]:
     hit = ranks <= k
     return np.where(hit, 1.0 / np.log2(1.0 + np.where(hit, ranks, 1)), 0.0)
