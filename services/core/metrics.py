@@ -4,7 +4,7 @@ A rank is 1 for the best; `MISS` stands for a target that could not be ranked (n
 when it was predicted). Shapes: N positions, V catalog rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -87,6 +87,19 @@ class Prequential:
                 flat[f"{span}.{name}.hr@{self.k}"] = total["hr"] / events
                 flat[f"{span}.{name}.ndcg@{self.k}"] = total["ndcg"] / events
         return flat
+
+    @classmethod
+    def total(cls, parts: "Sequence[Prequential]") -> "Prequential":
+        """The accounts of several workers, each of events of its own, as one."""
+        total = cls(parts[0].k)
+        for part in parts:
+            for span, sums in part._sums.items():
+                total._events[span] += part._events[span]
+                for name, more in sums.items():
+                    into = total._sums[span].setdefault(name, dict.fromkeys(more, 0.0))
+                    for key, value in more.items():
+                        into[key] += value
+        return total
 
     def start_window(self) -> None:
         """Begin a new window; the stream goes on."""

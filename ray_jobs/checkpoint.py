@@ -1,0 +1,168 @@
+"""Everything that the distillation job must not lose, as ONE directory: it is whole or not there.
+
+    student/ frozen/ serving/   weights and config (safetensors, JSON)
+    optimizer.safetensors       moments by parameter name
+    catalog.parquet
+    shared.json                 counters, teacher and student versions
+    rank-00000/                 of each worker: histories.parquet, own.json (positions, ledger, ...)
+
+Ray Train stores the directory and only then counts it as a checkpoint. Nothing is pickled.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+
+from ray_jobs.histories import Histories
+from ray_jobs.learner import adam
+from ray_jobs.recipes import DistillConfig
+from services.core.catalog import Catalog
+from services.core.metrics import Prequential
+from services.core.models.student import Student
+
+Ledger = dict[int, list[list[int]]]  # per partition the ranges [first, next) learned, in order
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Plain numbers that outlive a restart."""
+
+    steps: int = 0
+    events_learned: int = 0  # since warm-up
+    rejected_in_a_row: int = 0
+    learning_rate: float
+    lists_answered: int = 0  # impressions that the user's next interaction answered ...
+    lists_hit: int = 0  # ... with one of the items shown
+    teacher: int | None = None
+    first_teacher: int | None = None
+    published: int | None = None  # the newest student version
+    serving: int | None = None  # the newest promoted one
+    items_until: dict[str, int] = field(default_factory=dict)  # positions in the items log
+    teacher_ndcg: float = 0.0  # running means, for trust
+    student_ndcg: float = 0.0
+
+
+@dataclass(kw_only=True)
+class State:
+    """What the job knows. `frozen` and `serving` are None until a first version is published."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    catalog: Catalog
+    histories: Histories
+    positions: dict[int, int]
+    ledger: Ledger
+    quality: Prequential
+    counters: Counters
+    rng: np.random.Generator
+    frozen: Student | None = None
+    serving: Student | None = None
+
+    def learned(self, positions: Mapping[int, int]) -> None:
+        """Enter into the ledger that everything before `positions` has been learned."""
+        for partition, until in positions.items():
+            ranges = self.ledger.setdefault(partition, [])
+            begin = self.positions.get(partition, 0)
+            if until > begin:
+                if ranges and ranges[-1][1] == begin:
+                    ranges[-1][1] = until
+                else:
+                    ranges.append([begin, until])
+            self.positions[partition] = until
+
+
+def save(state: State, directory: Path, *, rank: int) -> None:
+    """Write this worker's part; worker 0 writes what all have in common."""
+    own = directory / f"rank-{rank:05d}"
+    own.mkdir(parents=True)
+    pq.write_table(state.histories.to_table(), own / "histories.parquet", compression="zstd")
+    _write_json(
+        own / "own.json",
+        {
+            "positions": state.positions,
+            "ledger": state.ledger,
+            "quality": state.quality.state(),
+            "rng": state.rng.bit_generator.state,
+        },
+    )
+    save_file({"torch_rng": torch.get_rng_state()}, own / "rng.safetensors")
+    if rank == 0:
+        for name in ("student", "frozen", "serving"):
+            model = getattr(state, name)
+            if model is not None:
+                model.save(directory / name)
+        save_file(_moments(state.student, state.optimizer), directory / "optimizer.safetensors")
+        pq.write_table(state.catalog.to_table(), directory / "catalog.parquet")
+        _write_json(directory / "shared.json", vars(state.counters))
+
+
+def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 1) -> State:
+    """What `save` wrote, possibly by another number of workers: partitions decide who owns what."""
+    ranks = sorted(directory.glob("rank-*"))
+    owns = [json.loads((path / "own.json").read_text()) for path in ranks]
+    mine = owns[rank] if rank < len(owns) else None
+    counters = Counters(**json.loads((directory / "shared.json").read_text()))
+    student = Student.load(directory / "student")
+    optimizer = adam(student, config)
+    for group in optimizer.param_groups:
+        group["lr"] = counters.learning_rate
+    _set_moments(student, optimizer, load_file(directory / "optimizer.safetensors"))
+    rng = np.random.default_rng([rank, counters.steps])
+    if mine is not None and len(owns) == world:
+        rng.bit_generator.state = mine["rng"]
+        torch.set_rng_state(load_file(ranks[rank] / "rng.safetensors")["torch_rng"])
+    return State(
+        student=student,
+        optimizer=optimizer,
+        catalog=Catalog.from_table(pq.read_table(directory / "catalog.parquet")),
+        histories=Histories.from_tables(
+            (pq.read_table(path / "histories.parquet") for path in ranks),
+            keep=config.keep_events,
+            rank=rank,
+            world=world,
+        ),
+        positions=_owned([own["positions"] for own in owns], rank, world),
+        ledger=_owned([own["ledger"] for own in owns], rank, world),
+        quality=Prequential() if mine is None else Prequential.from_state(mine["quality"]),
+        counters=counters,
+        rng=rng,
+        frozen=_load_if_there(directory / "frozen"),
+        serving=_load_if_there(directory / "serving"),
+    )
+
+
+def _owned(parts: Iterable[Mapping[str, Any]], rank: int, world: int) -> dict[int, Any]:
+    """What the workers knew by partition, of those that `rank` reads."""
+    return {int(p): at for part in parts for p, at in part.items() if int(p) % world == rank}
+
+
+def _load_if_there(directory: Path) -> Student | None:
+    return Student.load(directory) if directory.exists() else None
+
+
+def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in student.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _set_moments(
+    student: Student, optimizer: torch.optim.Optimizer, moments: Mapping[str, torch.Tensor]
+) -> None:
+    parameters = dict(student.named_parameters())
+    for path, value in moments.items():
+        name, key = path.rsplit("/", 1)
+        optimizer.state[parameters[name]][key] = value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value))

@@ -1,0 +1,96 @@
+"""The gate: whether a candidate student may answer. Pure: evidence in, verdict out.
+
+A candidate is promoted if its weights are finite, its lists differ between users, and on the
+latest window it ranks no worse than what serves. Both are judged on the same events, each scored
+before it was learned, so the difference is paired: its standard error is a tenth of the metric's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Gains = npt.NDArray[np.float64]  # NDCG@10 of each event, in the order of the stream
+Lists = npt.NDArray[np.int32]  # (users, n): the top items of some users
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of a candidate.
+
+    `gains` and `serving_gains` are of the same events; both empty where nothing serves yet.
+    `lists` are the candidate's top items for users with different histories, seen items included:
+    without them even a mere popularity order would differ between users.
+    """
+
+    finite: bool
+    lists: Lists
+    gains: Gains
+    serving_gains: Gains
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """How good is good enough.
+
+    worse: relative loss of NDCG@10 that is tolerated.
+    sure: standard errors by which a loss must exceed `worse` before it counts.
+    distinct: smallest share of (user, place) slots that must differ from the commonest item there.
+    min_users: fewer lists than this say nothing about collapse.
+    """
+
+    worse: float = 0.02
+    sure: float = 1.0
+    distinct: float = 0.05
+    min_users: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    promoted: bool
+    reason: str
+
+    def as_manifest(self) -> dict[str, bool | str]:
+        return {"promoted": self.promoted, "reason": self.reason}
+
+
+def judge(evidence: Evidence, *, bar: Bar) -> Verdict:
+    """Promote, or keep with the reason."""
+    assert evidence.gains.shape == evidence.serving_gains.shape
+    if not evidence.finite:
+        return Verdict(promoted=False, reason="weights or scores are not finite")
+    spread = distinctness(evidence.lists)
+    if len(evidence.lists) >= bar.min_users and spread < bar.distinct:
+        return Verdict(
+            promoted=False,
+            reason=f"collapsed: {spread:.0%} of the lists' places differ between users "
+            f"(at least {bar.distinct:.0%})",
+        )
+    if len(evidence.gains) == 0:
+        return Verdict(promoted=True, reason="nothing to compare with yet")
+    if not np.isfinite(evidence.gains).all():
+        return Verdict(promoted=False, reason="its scores of the latest window are not finite")
+    serving = float(evidence.serving_gains.mean())
+    loss = evidence.serving_gains - evidence.gains
+    error = float(loss.std() / np.sqrt(len(loss)))
+    compared = (
+        f"NDCG@10 {float(evidence.gains.mean()):.4f} against {serving:.4f} serving, "
+        f"{len(loss)} events"
+    )
+    if float(loss.mean()) - bar.sure * error > bar.worse * serving:
+        return Verdict(promoted=False, reason=f"worse: {compared}")
+    return Verdict(promoted=True, reason=compared)
+
+
+def distinctness(lists: Lists) -> float:
+    """Mean share of users whose item at a place isn't the commonest one there: 0 = all alike."""
+    if len(lists) == 0:
+        return 0.0
+    common = [np.unique(place, return_counts=True)[1].max() for place in lists.T]
+    return 1.0 - float(np.mean(common)) / len(lists)
+
+
+def transferability(*, student: float, hard_only: float, teacher: float) -> float:
+    """(student - hard) / (teacher - hard): the share of the teacher's lead that arrives."""
+    lead = teacher - hard_only
+    return (student - hard_only) / lead if lead else float("nan")

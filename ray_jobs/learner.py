@@ -1,0 +1,114 @@
+"""What and how the student learns from one micro-batch. Pure of I/O.
+
+    loss = hard * CE(served scores, what happened)
+         + trust * ( soft * T^2 * KL(teacher || tower) + hidden * (1 - cos(projection, teacher)) )
+
+Hinton et al. 2015 (soft labels), Romero et al. 2015 (hidden states). `trust` (0..1) is what the
+teacher still deserves. A weight of 0 switches its term off.
+
+Shapes: N targets, D student width, T teacher width, K candidates, V catalog rows.
+"""
+
+import torch
+from torch import Tensor
+
+from ray_jobs.labels import Labels
+from ray_jobs.microbatch import COLD, MicroBatch
+from ray_jobs.peers import ALONE, Peers
+from ray_jobs.ranking import encode
+from ray_jobs.recipes import DistillConfig
+from services.core import losses
+from services.core.models.student import Student
+
+
+def adam(student: Student, config: DistillConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        student.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.98),
+    )
+
+
+def loss_terms(
+    student: Student,
+    batch: MicroBatch,
+    labels: Labels | None,
+    *,
+    config: DistillConfig,
+    weights_N: Tensor,
+    trust: float,
+) -> dict[str, Tensor]:
+    """The weighted terms whose sum is learned; only those that are switched on.
+
+    `weights_N` weighs the targets. A user's first event has no state that predicts it and is
+    not learned, only remembered.
+    """
+    warm_N = torch.from_numpy(batch.at_N != COLD)
+    weights_N = weights_N[warm_N]
+    table_VD = student.encoder.item_table()
+    hidden_ND = encode(student, batch, table_VD=table_VD)[warm_N]
+    terms: dict[str, Tensor] = {}
+    if config.hard_weight:
+        target_N = torch.from_numpy(batch.target_N)[warm_N]
+        scores_NV = student.scores(hidden_ND, table_VD=table_VD)
+        ce_N = torch.nn.functional.cross_entropy(scores_NV, target_N, reduction="none")
+        terms["hard"] = config.hard_weight * (ce_N * weights_N).sum() / weights_N.sum()
+    if labels is None or trust == 0:
+        return terms
+    if config.soft_weight:
+        rows_NK = torch.from_numpy(labels.rows_NK)[warm_N].long()
+        logits_NK = torch.from_numpy(labels.logits_NK)[warm_N].float()
+        soft_NV = student.soft_scores(hidden_ND, table_VD=table_VD)
+        terms["soft"] = (trust * config.soft_weight) * losses.soft_labels(
+            soft_NV.gather(1, rows_NK),
+            logits_NK,
+            temperature=config.temperature,
+            weights_N=weights_N,
+        )
+    if config.hidden_weight:
+        hidden_NT = torch.from_numpy(labels.hidden_NT)[warm_N].float()
+        terms["hidden"] = (trust * config.hidden_weight) * losses.hidden_states(
+            student.teacher_hidden(hidden_ND), hidden_NT, weights_N
+        )
+    return terms
+
+
+def learn(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    batch: MicroBatch,
+    labels: Labels | None,
+    *,
+    config: DistillConfig,
+    weights_N: Tensor,
+    trust: float,
+    peers: Peers = ALONE,
+) -> dict[str, float]:
+    """One step; returns the terms of its loss (none where the batch has nothing to learn)."""
+    n_warm = int((batch.at_N != COLD).sum())
+    terms: dict[str, Tensor] = {}
+    student.train()
+    optimizer.zero_grad(set_to_none=True)
+    if n_warm:
+        terms = loss_terms(student, batch, labels, config=config, weights_N=weights_N, trust=trust)
+        sum(terms.values(), torch.zeros(())).backward()
+    elif peers.world == 1:
+        return {}
+    peers.average(student, float(n_warm))
+    torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
+    optimizer.step()
+    return {name: term.item() for name, term in terms.items()}
+
+
+def trust_in(
+    *, age_events: int, half_life_events: float, teacher_ndcg: float, student_ndcg: float
+) -> float:
+    """How much a teacher deserves: halves with age, falls once the student has overtaken it.
+
+    A teacher that is as good as the student, or whose quality is not known yet, loses by age
+    only; one at half the student's NDCG counts (1/2)^2, garbage next to nothing.
+    """
+    fresh = 0.5 ** (age_events / half_life_events)
+    able = 1.0 if student_ndcg <= 0 else min(teacher_ndcg / student_ndcg, 1.0) ** 2
+    return float(fresh * able)

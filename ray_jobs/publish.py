@@ -1,0 +1,178 @@
+"""From the learning student to versions in the registry, through the gate.
+
+Every new event is scored twice before it is learned: by the student and by the version that
+serves. The gains since that version was promoted are what the gate compares.
+"""
+
+import copy
+import logging
+import tempfile
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from ray_jobs import evaluate
+from ray_jobs.checkpoint import State
+from ray_jobs.evaluate import Evidence, Gains, Verdict
+from ray_jobs.learner import adam
+from ray_jobs.microbatch import MicroBatch
+from ray_jobs.peers import Peers
+from ray_jobs.ranking import top_lists
+from ray_jobs.recipes import DistillConfig
+from services.core.eventlog import epoch_of
+from services.core.metrics import Prequential, Ranks, gains_at
+from services.core.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+FEATURE_SERVICE = "recommender_v1"
+RECENT_EVENTS = 20_000  # the gate looks no further back
+MIN_LEARNING_RATE = 1e-5
+K = 10
+
+
+class Publisher:
+    """Publishes `state.student`, promotes what passes, and pulls the job back when too much fails.
+
+    All workers call it together; worker 0 alone writes to the registry.
+    """
+
+    def __init__(
+        self, registry_uri: str, state: State, *, config: DistillConfig, keep: int, peers: Peers
+    ) -> None:
+        self._registry = Registry(registry_uri)
+        self._state = state
+        self._config = config
+        self._keep = keep
+        self._peers = peers
+        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of what serves
+        self._arrivals_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self.positions: dict[int, int] = {}  # as of the newest version
+
+    def scored(self, student: Ranks, serving: Ranks | None) -> None:
+        """Take in one micro-batch's ranks, before it is learned."""
+        if serving is not None:
+            self._gains.append((gains_at(student, K), gains_at(serving, K)))
+
+    def learned(self, arrivals_ms: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        self._arrivals_ms.append(arrivals_ms)
+
+    def publish(self, probe: MicroBatch) -> Verdict:
+        """Judge the student, publish it with the verdict, promote it or keep it.
+
+        `probe`: some users' latest sequences, to see whether the answers still differ.
+        """
+        state, counters = self._state, self._state.counters
+        verdict = self._peers.gather(self._judge(probe))[0]
+        counters.rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
+        pull_back = (
+            state.serving is not None
+            and counters.rejected_in_a_row >= self._config.failures_until_reset
+        )
+        if pull_back:
+            rate = max(counters.learning_rate / 2, MIN_LEARNING_RATE)
+            verdict = Verdict(
+                promoted=False,
+                reason=f"{verdict.reason}; rejected {counters.rejected_in_a_row} times in a row: "
+                f"back to version {counters.serving}, learning rate {rate:g}",
+            )
+            counters.learning_rate = rate
+        qualities = self._peers.gather(state.quality)
+        positions = _merged(self._peers.gather(state.positions))
+        if self._peers.rank == 0:
+            self._write(verdict, qualities, positions)
+        counters.published, counters.serving = self._peers.gather(
+            (counters.published, counters.serving)
+        )[0]
+        if verdict.promoted:
+            state.serving = copy.deepcopy(state.student)
+            state.frozen = state.frozen or copy.deepcopy(state.student)
+            self._gains.clear()
+        if pull_back:
+            self._back_to_serving()
+        self._arrivals_ms.clear()
+        state.quality.start_window()
+        self.positions = dict(state.positions)
+        return verdict
+
+    def _judge(self, probe: MicroBatch) -> Verdict:
+        student, serving = (
+            np.concatenate([np.zeros(0), *gains])[-RECENT_EVENTS:]
+            for gains in (zip(*self._gains, strict=True) if self._gains else ((), ()))
+        )
+        finite = all(bool(torch.isfinite(p).all()) for p in self._state.student.parameters())
+        evidence = Evidence(
+            finite=finite,
+            lists=top_lists(self._state.student, probe),
+            gains=student,
+            serving_gains=serving,
+        )
+        return evaluate.judge(evidence, bar=self._config.bar)
+
+    def _write(
+        self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]
+    ) -> None:
+        state, counters = self._state, self._state.counters
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch)
+            state.student.save(directory)
+            pq.write_table(state.catalog.to_table(), directory / "catalog.parquet")
+            counters.published = self._registry.publish(
+                "student",
+                directory,
+                {
+                    "metrics": {**Prequential.total(qualities).metrics(), **self._live()},
+                    "teacher_version": counters.teacher,
+                    "offsets": {str(partition): at for partition, at in positions.items()},
+                    "epoch": max(map(epoch_of, positions.values()), default=0),
+                    "feature_service": FEATURE_SERVICE,
+                    "code_version": package_version("reflux"),
+                    "parent": counters.serving,
+                    "gate": verdict.as_manifest(),
+                    "arrivals_ms": self._arrived(),
+                    "events_learned": counters.events_learned,
+                    "learning_rate": counters.learning_rate,
+                },
+            )
+        if verdict.promoted:
+            self._registry.promote("student", counters.published, verdict.reason)
+            counters.serving = counters.published
+        else:
+            logger.warning("student %d is kept: %s", counters.published, verdict.reason)
+        self._registry.prune("student", self._keep)
+
+    def _back_to_serving(self) -> None:
+        """Learn on from what serves, more slowly; moments of the failed way are forgotten."""
+        state = self._state
+        assert state.serving is not None
+        state.student = copy.deepcopy(state.serving)
+        state.optimizer = adam(state.student, self._config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.counters.learning_rate
+        state.counters.rejected_in_a_row = 0
+        self._gains.clear()
+
+    def _live(self) -> dict[str, float]:
+        counters = self._state.counters
+        if not counters.lists_answered:
+            return {}
+        return {
+            "live.lists": counters.lists_answered,
+            "live.hit@10": counters.lists_hit / counters.lists_answered,
+        }
+
+    def _arrived(self) -> dict[str, int] | None:
+        """When the events arrived that this version has learned and the one before hadn't."""
+        arrived = np.concatenate([np.zeros(0, np.int64), *self._arrivals_ms])
+        if len(arrived) == 0:
+            return None
+        oldest, median, newest = np.percentile(arrived, [0, 50, 100], method="nearest")
+        return {"oldest": int(oldest), "median": int(median), "newest": int(newest)}
+
+
+def _merged(parts: list[dict[int, int]]) -> dict[int, int]:
+    return {partition: at for part in parts for partition, at in part.items()}

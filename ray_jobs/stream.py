@@ -1,0 +1,245 @@
+"""Where the distillation job's events come from: the offline log first, then Kafka.
+
+Positions are log offsets (Kafka offset + epoch; see eventlog), per partition the next one to
+read. They only ever move with the checkpoint that holds what was learned up to them; there is no
+consumer group, and nothing is committed to Kafka.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from kafka import TopicPartition
+from numpy.typing import NDArray
+
+from ray_jobs.histories import EVENT, Histories
+from ray_jobs.microbatch import Arrivals
+from services.core.catalog import Catalog
+from services.core.errors import InvalidEventError
+from services.core.eventlog import EPOCH_SPAN, EventLog, epoch_of, kafka_offset
+from services.core.events import EVENTS, Event, EventType, decode_event
+from services.core.history import event_key
+from services.core.kafka import make_consumer, resume_offsets, topic_id
+from services.core.models.sequences import type_codes
+from services.core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = [
+    *("event_id", "user_id", "item_id", "type", "timestamp", "value"),
+    *("arrival", "partition", "offset"),
+]
+Positions = Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Impression:
+    """A list that was shown; it stands before interaction number `before` of its batch."""
+
+    user_id: str
+    partition: int
+    item_ids: Sequence[str]
+    before: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Received:
+    """Interactions in the order of the stream as columns, and the lists shown between them."""
+
+    user_ids: list[str]
+    item_ids: list[str]
+    types: list[str]
+    values: NDArray[np.float64]  # NaN: none
+    times_ms: NDArray[np.int64]
+    arrivals_ms: NDArray[np.int64]
+    partitions: list[int]
+    keys: NDArray[np.int64]
+    impressions: list[Impression]
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Event, int, int]]) -> Self:
+        """From (event, arrival ms, partition) in the order of the stream."""
+        chosen, shown = [], []
+        for event, arrival_ms, partition in rows:
+            if event.is_interaction:
+                chosen.append((event, arrival_ms, partition))
+            elif event.type == EventType.IMPRESSION:
+                items = (event.context or {}).get("items") or [event.item_id]
+                shown.append(_impression(event.user_id, partition, items, len(chosen)))
+        return cls(
+            user_ids=[e.user_id for e, _, _ in chosen],
+            item_ids=[e.item_id for e, _, _ in chosen],
+            types=[e.type.value for e, _, _ in chosen],
+            values=np.array([np.nan if e.value is None else e.value for e, _, _ in chosen], float),
+            times_ms=np.array([e.timestamp for e, _, _ in chosen], np.int64),
+            arrivals_ms=np.array([arrival for _, arrival, _ in chosen], np.int64),
+            partitions=[partition for _, _, partition in chosen],
+            keys=np.array([event_key(e.event_id) for e, _, _ in chosen], np.int64),
+            impressions=shown,
+        )
+
+    @classmethod
+    def of_log(cls, table: pa.Table) -> Self:
+        """From rows of the offline log; its impressions were answered long ago and are left out."""
+        idle = pa.array([EventType.IMPRESSION.value, EventType.SKIP.value])
+        table = table.filter(pc.invert(pc.is_in(table["type"], idle)))
+        return cls(
+            user_ids=table["user_id"].to_pylist(),
+            item_ids=table["item_id"].to_pylist(),
+            types=table["type"].to_pylist(),
+            values=table["value"].to_numpy(),
+            times_ms=_milliseconds(table["timestamp"]),
+            arrivals_ms=_milliseconds(table["arrival"]),
+            partitions=table["partition"].to_pylist(),
+            keys=np.array([event_key(key) for key in table["event_id"].to_pylist()], np.int64),
+            impressions=[],
+        )
+
+    def arrivals(self, catalog: Catalog) -> Arrivals:
+        """With the catalog's rows; items that it hasn't met get theirs."""
+        events = np.zeros(len(self), EVENT)
+        events["row"] = catalog.add(self.item_ids)
+        events["type"] = type_codes(self.types, self.values)
+        events["time_ms"] = self.times_ms
+        events["key"] = self.keys
+        return Arrivals(user_ids=self.user_ids, events=events, partitions=self.partitions)
+
+
+class EventStream:
+    """Worker `rank`'s share of the partitions, read from `positions` on; `poll` moves them.
+
+    Where the topic was created anew (a broker that lost its log), what the offline log still has
+    of the old one comes first, then the new one from its start.
+    """
+
+    def __init__(
+        self, settings: Settings, positions: Positions, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self._settings = settings
+        self._log = EventLog(settings.offline)
+        self._consumer = make_consumer(settings, max_partition_fetch_bytes=2**20)
+        self.positions = {
+            partition: positions.get(partition, begin)
+            for partition, begin in resume_offsets(settings, self._log).items()
+            if partition % world == rank
+        }
+        self._open()
+
+    def poll(self, *, max_events: int, timeout_s: float) -> Received:
+        """What arrives within `timeout_s`, or as soon as it is there `max_events` records."""
+        for partition, at in self.positions.items():
+            if epoch_of(at) < self._epoch:
+                return self._from_log(partition, at, max_events=max_events)
+        rows: list[tuple[Event, int, int]] = []
+        deadline = time.monotonic() + timeout_s
+        n_left = max_events
+        while n_left and (left_s := deadline - time.monotonic()) > 0:
+            polled = self._consumer.poll(timeout_ms=max(1, int(left_s * 1000)), max_records=n_left)
+            for where in sorted(polled, key=lambda where: int(where.partition)):
+                n_left -= len(polled[where])
+                if not self._take(where.partition, polled[where], rows):
+                    self._open()
+                    return Received.of(rows)
+        return Received.of(rows)
+
+    def lag_events(self) -> int:
+        """Records in Kafka beyond our positions, as far as the consumer has heard."""
+        ends = {at.partition: self._consumer.highwater(at) for at in self._consumer.assignment()}
+        return sum(
+            max(0, end - kafka_offset(self.positions[partition]))
+            for partition, end in ends.items()
+            if end is not None
+        )
+
+    def check_epoch(self) -> None:
+        """Notice a topic created anew, even if it has already grown past our positions."""
+        if self._log.epoch(topic_id(self._settings, EVENTS)) != self._epoch:
+            self._open()
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _open(self) -> None:
+        self._epoch = self._log.epoch(topic_id(self._settings, EVENTS))
+        self._consumer.assign([TopicPartition(EVENTS, p) for p in self.positions])
+        for partition, at in self.positions.items():
+            old = epoch_of(at) < self._epoch
+            if old:
+                logger.warning(
+                    "topic %r was created anew: partition %d goes on with what the offline log "
+                    "has after %d, then with the new topic; what was in neither is lost",
+                    *(EVENTS, partition, at),
+                )
+            self._consumer.seek(TopicPartition(EVENTS, partition), 0 if old else kafka_offset(at))
+
+    def _take(self, partition: int, records: Any, rows: list[tuple[Event, int, int]]) -> bool:
+        """Add valid events to `rows` and move the position; False: offsets fell, which they never
+        do in one and the same topic."""
+        for record in records:
+            position = self._epoch * EPOCH_SPAN + record.offset
+            if position < self.positions[partition]:
+                return False
+            self.positions[partition] = position + 1
+            try:
+                event = decode_event(
+                    record.value,
+                    arrival_ms=record.timestamp,
+                    max_future_s=self._settings.max_future_s,
+                )
+            except InvalidEventError:
+                continue  # the feature worker puts it into events.dead, with the reason
+            rows.append((event, record.timestamp, partition))
+        return True
+
+    def _from_log(self, partition: int, at: int, *, max_events: int) -> Received:
+        """The next events that only the log still has; then the position is the new topic's."""
+        begin = self._epoch * EPOCH_SPAN
+        elsewhere = dict.fromkeys(self._log.end(), begin)
+        rest = self._log.read(
+            since={**elsewhere, partition: at},
+            until={**elsewhere, partition: begin},
+            columns=COLUMNS,
+        ).sort_by("offset")
+        head = rest.slice(0, max_events)
+        done = len(head) == len(rest)
+        self.positions[partition] = begin if done else int(head["offset"][-1].as_py()) + 1
+        return Received.of_log(head)
+
+
+def answer_lists(
+    received: Received, rows: NDArray[np.int32], histories: Histories, catalog: Catalog
+) -> tuple[int, int]:
+    """How many shown lists were answered by their user's next interaction, and how many of these
+    by an item on the list. Lists shown meanwhile are remembered in `histories`."""
+    answered = hits = 0
+    shown = iter(received.impressions)
+    pending = next(shown, None)
+    for i, user_id in enumerate([*received.user_ids, None]):
+        while pending is not None and (pending.before <= i or user_id is None):
+            listed = catalog.rows(pending.item_ids).astype(np.int32)
+            histories.show(pending.user_id, listed, partition=pending.partition)
+            pending = next(shown, None)
+        if user_id is not None and (awaiting := histories.answer(user_id)) is not None:
+            answered += 1
+            hits += int(rows[i] in awaiting)
+    return answered, hits
+
+
+def _impression(user_id: str, partition: int, items: Any, before: int) -> Impression:
+    shown = [str(item) for item in items] if isinstance(items, list) else []
+    return Impression(user_id=user_id, partition=partition, item_ids=shown, before=before)
+
+
+def _milliseconds(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    values: NDArray[np.int64] = (
+        pc.cast(column, pa.timestamp("ms", tz="UTC"), safe=False).cast(pa.int64()).to_numpy()
+    )
+    return values

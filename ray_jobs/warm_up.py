@@ -1,0 +1,133 @@
+"""From the offline log to a first student: remember everything, learn for a bounded time."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ray_jobs import replay
+from ray_jobs.checkpoint import Counters, State
+from ray_jobs.histories import Histories
+from ray_jobs.learner import adam, learn
+from ray_jobs.microbatch import MicroBatch, UserNews, absorb, group
+from ray_jobs.peers import Peers
+from ray_jobs.recipes import DistillConfig, Recipe
+from ray_jobs.stream import COLUMNS, Received
+from ray_jobs.teachers import Asked, Teachers
+from services.core.catalog import Catalog
+from services.core.eventlog import EventLog
+from services.core.events import ITEMS
+from services.core.kafka import resume_offsets
+from services.core.metrics import Prequential
+from services.core.models.student import Student
+from services.core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LABELS_AHEAD = 2  # steps whose labels are under way, so that teacher and student both work
+RISE_STEPS = 50  # over which the learning rate comes up
+LOG_EVERY_S = 5.0
+
+
+def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
+    """Everything that the offline log holds, remembered; nothing learned yet."""
+    events, items = EventLog(settings.offline), EventLog(settings.offline, ITEMS)
+    end = resume_offsets(settings, events)
+    items_until = items.end()
+    catalog = Catalog()
+    catalog.describe(items.read(until=items_until))
+    received = Received.of_log(events.read(until=end, columns=COLUMNS))
+    arrivals = received.arrivals(catalog)
+    catalog.observe(arrivals.events["row"].astype(np.int64))
+    histories = Histories(keep=recipe.distill.keep_events)
+    absorb(group(arrivals.owned(peers.rank, peers.world), histories), histories)
+    student = Student(recipe.student, n_rows=len(catalog))
+    student.describe(catalog.content)
+    state = State(
+        student=student,
+        optimizer=adam(student, recipe.distill),
+        catalog=catalog,
+        histories=histories,
+        positions={},
+        ledger={},
+        quality=Prequential(),
+        counters=Counters(
+            learning_rate=recipe.distill.learning_rate,
+            items_until={str(partition): at for partition, at in items_until.items()},
+        ),
+        rng=np.random.default_rng([settings.seed, peers.rank]),
+    )
+    state.learned({p: at for p, at in end.items() if p % peers.world == peers.rank})
+    logger.info(
+        "the log holds %d events of %d users; the catalog %d items",
+        *(len(received), len(histories), len(catalog) - 1),
+    )
+    return state
+
+
+def warm_up(state: State, teachers: Teachers, config: DistillConfig, peers: Peers) -> None:
+    """Learn the latest of the log in random order, until its epochs or its seconds are over.
+
+    The learning rate rises, then falls to the stream's over whichever of the two ends first.
+    """
+    begin_s = logged_s = time.monotonic()
+    per_epoch = max(peers.gather(sum(1 for _ in _epoch(state, config))))
+    n_steps = round(per_epoch * config.warm_up_epochs)
+    batches = _endless(state, config)
+    under_way: deque[tuple[MicroBatch, Asked]] = deque()
+    step = 0
+    for step in range(n_steps):
+        while len(under_way) <= LABELS_AHEAD:
+            batch = MicroBatch.of(next(batches, []), context=config.context_events)
+            under_way.append((batch, teachers.ask_labels(batch)))
+        elapsed_s = time.monotonic() - begin_s
+        # Worker 0's clock counts, so that all take the same number of steps.
+        progress = peers.gather(max(step / n_steps, elapsed_s / config.warm_up_s))[0]
+        if progress >= 1:
+            break
+        risen = min(1.0, (step + 1) / RISE_STEPS)
+        peak, end = config.warm_up_learning_rate, config.learning_rate
+        _set_learning_rate(state, risen * (peak + progress * (end - peak)))
+        batch, asked = under_way.popleft()
+        learn(
+            state.student,
+            state.optimizer,
+            batch,
+            teachers.answer(asked)[0],
+            config=config,
+            weights_N=torch.ones(len(batch)),
+            trust=1.0,
+            peers=peers,
+        )
+        if time.monotonic() - logged_s > LOG_EVERY_S:
+            logged_s = time.monotonic()
+            logger.info("warm-up: %.0f%%, %d steps in %.0f s", 100 * progress, step, elapsed_s)
+    _set_learning_rate(state, config.learning_rate)
+    logger.info(
+        "warmed up: %d steps of %d users, %.1f epochs, %.0f s",
+        *(step, config.warm_up_users, step / max(per_epoch, 1), time.monotonic() - begin_s),
+    )
+
+
+def _endless(state: State, config: DistillConfig) -> Iterator[list[UserNews]]:
+    """Epoch after epoch; nothing where there is nothing to learn."""
+    while len(state.histories):
+        yield from _epoch(state, config)
+
+
+def _epoch(state: State, config: DistillConfig) -> Iterator[list[UserNews]]:
+    return replay.one_pass(
+        state.histories,
+        state.rng,
+        users=config.warm_up_users,
+        window=config.context_events,
+        latest_events=config.warm_up_events,
+    )
+
+
+def _set_learning_rate(state: State, learning_rate: float) -> None:
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = learning_rate
