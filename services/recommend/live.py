@@ -1,0 +1,112 @@
+"""The model that answers, replaced while it does: notice, fetch, verify, build, warm, swap."""
+
+import json
+import logging
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import pyarrow.parquet as pq
+
+from services.core.catalog import Catalog
+from services.core.errors import NothingServingError
+from services.core.models.student import Student
+from services.core.registry import MANIFEST, Registry, Serving
+from services.recommend.engine import Model, rank
+from services.recommend.schema import RecommendRequest
+from services.recommend.telemetry import Telemetry
+
+CATALOG: Final = "catalog.parquet"
+RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
+
+log = logging.getLogger(__name__)
+
+
+class LiveModel:
+    """`model` is the last good version; a thread of its own keeps it up to date.
+
+    Whatever goes wrong with a new version or the registry, the last good one stays, and the log
+    and `reflux_model_swaps_failed` say why.
+    """
+
+    def __init__(self, registry: Registry, *, poll_s: float, telemetry: Telemetry) -> None:
+        self.model: Model | None = None
+        self._registry = registry
+        self._poll_s = poll_s
+        self._telemetry = telemetry
+        self._failed: Serving | None = None
+        self._failed_at_s = 0.0
+        self._complaint = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="live-model", daemon=True)
+
+    def start(self) -> None:
+        """Look once, so that what serves already is there on return; then keep looking."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10.0)
+
+    def look(self) -> None:
+        """Take over the version that the registry wants served, if it is another one."""
+        try:
+            serving = self._registry.serving("student")
+            if self.model is not None and serving.version == self.model.version:
+                return
+            if serving == self._failed and time.monotonic() < self._failed_at_s + RETRY_S:
+                return
+            self._failed, self._failed_at_s = serving, time.monotonic()
+            self._take(serving.version)
+            self._failed, self._complaint = None, ""
+        except NothingServingError as error:
+            self._complain(str(error))
+        except Exception as error:  # whatever a broken artifact or file system comes up with
+            self._telemetry.swaps_failed.labels(type(error).__name__).inc()
+            self._complain(f"{type(error).__name__}: {error}")
+
+    def _take(self, version: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
+            model = load(self._registry.fetch("student", version, Path(aside)))
+        warm_up(model)
+        self.model = model  # the swap
+        now_ms = time.time_ns() // 1_000_000
+        for arrival_ms in model.arrivals_ms:
+            self._telemetry.weight_freshness_seconds.observe((now_ms - arrival_ms) / 1000)
+        self._telemetry.swaps.inc()
+        self._telemetry.model_version.set(version)
+        log.info("student %d answers now", version)
+
+    def _keep_up(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            self.look()
+
+    def _complain(self, complaint: str) -> None:
+        """Log it once, not at every look."""
+        if complaint != self._complaint:
+            kept = f"student {self.model.version} stays" if self.model else "nothing answers yet"
+            log.warning("%s; %s", complaint, kept)
+            self._complaint = complaint
+
+
+def load(directory: Path) -> Model:
+    """The model in a directory that `Registry.fetch` gave."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    return Model.build(
+        version=manifest["version"],
+        teacher_version=manifest.get("teacher_version"),
+        arrivals_ms=tuple((manifest.get("arrivals_ms") or {}).values()),
+        student=Student.load(directory).for_serving(),
+        catalog=Catalog.from_table(pq.read_table(directory / CATALOG)),
+    )
+
+
+def warm_up(model: Model) -> None:
+    """A first answer, at nobody's cost; ValueError for a model that can't give one."""
+    known = model.catalog.ids([1]) if len(model.catalog) > 1 else []
+    request = RecommendRequest(recent_items=known, include_seen=True)
+    if known and not rank(model, request, None, now_ms=0).rows:
+        raise ValueError(f"student {model.version} scores no item with a finite number")

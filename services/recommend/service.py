@@ -1,0 +1,132 @@
+"""One answer, from request to what was shown: history, ranking, impression, and their times."""
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+import torch
+
+from services.core.errors import UnavailableError
+from services.core.features import FeatureStore, UserHistory
+from services.core.kafka import Publisher
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.recommend.engine import Model, Ranking, rank
+from services.recommend.histories import Histories
+from services.recommend.impressions import Impressions, Shown
+from services.recommend.live import LiveModel
+from services.recommend.schema import RecommendRequest
+from services.recommend.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+class NoModelError(UnavailableError):
+    """No student has been promoted yet."""
+
+
+class Recommender:
+    """What one replica holds: the live model, the way to the histories, the way of impressions."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.telemetry = Telemetry()
+        self._settings = settings
+        self._live = LiveModel(
+            Registry(settings.registry), poll_s=settings.serving_poll_s, telemetry=self.telemetry
+        )
+        self._impressions = Impressions(Publisher(settings), self.telemetry)
+        self._histories: Histories | None = None
+
+    async def start(self) -> None:
+        """Everything slow, before the first request: Feast's import takes seconds."""
+        timeout_s = self._settings.feature_timeout_s
+        store = await asyncio.to_thread(FeatureStore, self._settings, timeout_s=timeout_s)
+        self._histories = Histories(store, timeout_s=timeout_s)
+        # One answer, one core: replicas are how more cores are used.
+        torch.set_num_threads(1)
+        await asyncio.to_thread(self._live.start)
+        if self._settings.impressions:
+            self._impressions.start()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._live.stop)
+        if self._settings.impressions:
+            await asyncio.to_thread(self._impressions.stop)
+        if self._histories:
+            self._histories.close()
+
+    @property
+    def model(self) -> Model:
+        """The version that answers now; an answer takes it once and keeps to it."""
+        if self._live.model is None:
+            raise NoModelError(
+                f"no student has been promoted in {self._settings.registry} yet; the distillation "
+                "job promotes the first one after its warm-up: try again in a moment"
+            )
+        return self._live.model
+
+    async def answer(self, request: RecommendRequest) -> dict[str, Any]:
+        """The fields of `RecommendAnswer`. Raises `NoModelError`; nothing else is a failure."""
+        model, now_ms = self.model, time.time_ns() // 1_000_000
+        began_s = time.perf_counter()
+        history, reason = await self._history(request.user_id)
+        read_s = time.perf_counter()
+        ranking = rank(model, request, history, now_ms=now_ms)
+        ranked_s = time.perf_counter()
+
+        request_id = uuid.uuid4().hex
+        item_ids = model.catalog.ids(ranking.rows)
+        age_s = None
+        if history and history.updated_ms:
+            age_s = max(0, now_ms - history.updated_ms) / 1000
+            self.telemetry.features_age_seconds.observe(age_s)
+        if request.user_id and item_ids and self._settings.impressions:
+            self._impressions.offer(
+                Shown(
+                    request_id=request_id,
+                    user_id=request.user_id,
+                    item_ids=item_ids,
+                    model_version=model.version,
+                    fallback=ranking.fallback,
+                    now_ms=now_ms,
+                )
+            )
+        self.telemetry.stage_seconds.labels("features").observe(read_s - began_s)
+        self.telemetry.stage_seconds.labels("rank").observe(ranked_s - read_s)
+        return {
+            "request_id": request_id,
+            "user_id": request.user_id,
+            "items": _items(model, ranking, item_ids),
+            "model_version": model.version,
+            "teacher_version": model.teacher_version,
+            "features_age_s": age_s,
+            "fallback": ranking.fallback,
+            "degraded": reason is not None,
+            "reason": reason,
+            "ignored": ranking.ignored,
+        }
+
+    async def _history(self, user_id: str | None) -> tuple[UserHistory | None, str | None]:
+        """The user's history, or None and why it could not be had."""
+        if user_id is None or self._histories is None:
+            return None, None
+        try:
+            return await self._histories.read(user_id), None
+        except UnavailableError as error:
+            self.telemetry.features_failed.inc()
+            return None, f"answered without the history: {error}"
+
+
+def _items(model: Model, ranking: Ranking, item_ids: list[str]) -> list[dict[str, Any]]:
+    columns = (
+        item_ids,
+        ranking.scores,
+        model.catalog.titles(ranking.rows),
+        model.catalog.categories(ranking.rows),
+    )
+    return [
+        {"item_id": item_id, "score": score, "title": title, "categories": categories}
+        for item_id, score, title, categories in zip(*columns, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""What the answers tell Prometheus.
+
+Several replicas on one node answer as one: started with `PROMETHEUS_MULTIPROC_DIR` (deploy.py sees
+to it), prometheus_client keeps the values in files there, and `/metrics` of any replica adds them
+up.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    values,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+MULTIPROCESS: Final = "PROMETHEUS_MULTIPROC_DIR"
+_ANSWER_S: Final = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
+_AGE_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 120, 300, 3_600, 86_400)
+
+
+class Telemetry:
+    """Counters and histograms in a registry of their own: several apps fit in one process."""
+
+    def __init__(self) -> None:
+        own = self._exposed = CollectorRegistry()
+        # What counts is whether the variable stood when prometheus_client was imported: Feast
+        # sets one of its own later.
+        if values.ValueClass is not values.MutexValue:
+            directory = os.environ[MULTIPROCESS]
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._exposed = CollectorRegistry()
+            MultiProcessCollector(self._exposed, directory)
+        self.answers = Counter(
+            "reflux_answers", "Answers given", ["status", "fallback"], registry=own
+        )
+        self.answer_seconds = Histogram(
+            "reflux_answer_seconds", "From request to answer", buckets=_ANSWER_S, registry=own
+        )
+        self.stage_seconds = Histogram(
+            "reflux_answer_stage_seconds",
+            "One stage of an answer",
+            ["stage"],
+            buckets=_ANSWER_S,
+            registry=own,
+        )
+        self.features_age_seconds = Histogram(
+            "reflux_answer_features_age_seconds",
+            "Age of the features in an answer",
+            buckets=_AGE_S,
+            registry=own,
+        )
+        self.features_failed = Counter(
+            "reflux_answer_features_failed", "Histories not read in time", registry=own
+        )
+        self.model_version = Gauge(
+            "reflux_model_version",
+            "The student version that answers",
+            multiprocess_mode="mostrecent",
+            registry=own,
+        )
+        self.swaps = Counter("reflux_model_swaps", "Versions taken into service", registry=own)
+        self.swaps_failed = Counter(
+            "reflux_model_swaps_failed",
+            "Looks at the registry that ended without the version that should serve",
+            ["error"],
+            registry=own,
+        )
+        self.weight_freshness_seconds = Histogram(
+            "reflux_weight_freshness_seconds",
+            "From an event's arrival until a student that learned it answers; observed at each "
+            "swap for the oldest, the median and the newest event that the version learned",
+            buckets=_AGE_S,
+            registry=own,
+        )
+        self.impressions = Counter(
+            "reflux_impressions", "Impression events", ["outcome"], registry=own
+        )
+
+    def exposition(self) -> bytes:
+        """The text that `GET /metrics` answers with."""
+        return generate_latest(self._exposed)

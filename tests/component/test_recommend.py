@@ -1,0 +1,320 @@
+"""The answers over HTTP, with the real Redis, Feast and Kafka, and students that come and go."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from services.core.events import EVENTS, decode_event
+from services.core.features import FeatureStore, UserHistory
+from services.core.kafka import ensure_topics, make_consumer
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.local import processes
+from services.recommend.app import create_app
+from tests import students
+from tests.students import N_ITEMS, SCORE_STEP, item
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[httpx.Client]:
+    """The app under a real server, on a port of its own."""
+    port = processes.free_port()
+    config = uvicorn.Config(create_app(settings), port=port, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(condition: Callable[[], Any], *, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def live(settings: Settings) -> Settings:
+    return settings.model_copy(update={"serving_poll_s": 0.05, "feature_timeout_s": 0.2})
+
+
+@pytest.fixture
+def registry(live: Settings) -> Registry:
+    return Registry(live.registry)
+
+
+@pytest.fixture
+def promote(registry: Registry, tmp_path: Path) -> Callable[[], int]:
+    def promote() -> int:
+        version = students.publish(registry, tmp_path, seed=1)
+        registry.promote("student", version, "newer")
+        return version
+
+    return promote
+
+
+def write_history(settings: Settings, user_id: str, *item_ids: str) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    row = UserHistory(
+        user_id=user_id,
+        item_ids=item_ids,
+        event_types=("view",) * len(item_ids),
+        timestamps_ms=tuple(now_ms - 1_000 + at for at in range(len(item_ids))),
+        values=(float("nan"),) * len(item_ids),
+        event_keys=tuple(range(len(item_ids))),
+        n_events=len(item_ids),
+        last_arrival_ms=now_ms,
+        updated_ms=now_ms,
+    )
+    FeatureStore(settings).write_users([row])
+
+
+def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
+    response = client.post("/v1/recommendations", json=request)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [shown["item_id"] for shown in answer["items"]]
+
+
+def test_answers(live: Settings, promote: Callable[[], int]) -> None:
+    promote()
+    write_history(live, "answers", item(1), item(2))
+    with serving(live) as client:
+        answer = ask(client, user_id="answers", n=5)
+        assert (answer["user_id"], answer["fallback"], answer["degraded"]) == (
+            "answers",
+            None,
+            False,
+        )
+        assert (answer["model_version"], answer["teacher_version"]) == (1, 3)
+        assert 0 <= answer["features_age_s"] < 60
+        assert len(answer["items"]) == 5 and not {item(1), item(2)} & set(ids(answer))
+        assert answer["items"][0]["title"] == "v1" and answer["items"][0]["categories"]
+        by_url = client.get("/v1/recommendations", params={"user_id": "answers", "n": 5}).json()
+        assert by_url["items"] == answer["items"]
+
+        # One event more: another answer, without the item.
+        write_history(live, "answers", item(1), item(2), ids(answer)[0])
+        assert ids(answer)[0] not in ids(ask(client, user_id="answers", n=N_ITEMS))
+
+        horror = ask(client, user_id="answers", n=100, categories=["Horror"], exclude=[item(5)])
+        assert ids(horror) and item(5) not in ids(horror)
+        assert all(shown["categories"] == ["Horror"] for shown in horror["items"])
+        everything = ask(client, user_id="answers", n=100, include_seen=True)
+        assert len(everything["items"]) == N_ITEMS
+
+        trending = ask(client, user_id="nobody-knows", n=2)
+        assert (ids(trending), trending["fallback"]) == ([item(7), item(8)], "trending")
+        assert trending["features_age_s"] is None
+        session = ask(client, recent_items=[item(7), "unheard-of"], exclude=["me-neither"])
+        assert session["fallback"] is None and item(7) not in ids(session)
+        assert session["ignored"] == ["unheard-of", "me-neither"]
+
+        metrics = client.get("/metrics").text
+        assert 'reflux_answers_total{fallback="none",status="200"}' in metrics
+        assert "reflux_answer_seconds_bucket" in metrics
+        assert "reflux_model_version 1.0" in metrics
+        assert "reflux_weight_freshness_seconds_count 2.0" in metrics
+
+
+def test_a_bad_request_is_told_the_field_the_value_and_the_fix(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    promote()
+    with serving(live) as client:
+        for bad, field, value, fix in [
+            ({"n": 0}, "n", 0, "greater than or equal to 1"),
+            ({"n": 101}, "n", 101, "less than or equal to 100"),
+            ({"exclude": ["a", ""]}, "exclude.1", "", "at least 1 character"),
+            ({"user": "42"}, "user", "42", "user_id"),
+        ]:
+            response = client.post("/v1/recommendations", json=bad)
+            assert response.status_code == 422
+            (problem,) = response.json()["detail"]
+            assert (problem["field"], problem["value"]) == (field, value)
+            assert fix in problem["fix"]
+        assert "must be JSON" in client.post("/v1/recommendations", content=b"{").text
+        by_url = client.get("/v1/recommendations", params={"n": "many"})
+        assert by_url.status_code == 422
+        assert by_url.json()["detail"][0]["field"] == "n"
+        assert client.post("/v1/recommendations", content=b" " * 2**21).status_code == 413
+        schema = client.get("/openapi.json").json()
+        post = schema["paths"]["/v1/recommendations"]["post"]
+        body = post["requestBody"]["content"]["application/json"]["schema"]
+        assert set(body["properties"]) >= {"user_id", "recent_items", "n", "exclude", "categories"}
+        assert client.get("/docs").status_code == 200
+
+
+def test_before_the_first_promotion_it_says_try_again(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    with serving(live) as client:
+        assert client.get("/healthz").status_code == 200
+        for response in (client.get("/readyz"), client.post("/v1/recommendations", json={})):
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert "no student has been promoted" in response.json()["detail"][0]["fix"]
+        promote()
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert ask(client)["model_version"] == 1
+
+
+def test_swaps_under_fire_mix_no_versions_and_fail_no_request(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    promote()
+    write_history(live, "fire", item(1), item(2), item(3))
+    answered: list[int] = []
+    stop = threading.Event()
+    wrong: list[Any] = []
+
+    def hammer(url: httpx.URL) -> None:
+        with httpx.Client(base_url=url, timeout=10) as client:
+            while not stop.is_set():
+                response = client.post("/v1/recommendations", json={"user_id": "fire", "n": 3})
+                answer = response.json()
+                version = answer.get("model_version")
+                answered.append(version)
+                whole = response.status_code == 200 and all(
+                    shown["title"] == f"v{version}"
+                    and abs(shown["score"] - version * SCORE_STEP) < SCORE_STEP / 2
+                    for shown in answer["items"]
+                )
+                if not whole:
+                    wrong.append(answer)
+
+    def is_answering(version: int) -> bool:
+        return version in answered[-50:]
+
+    with serving(live) as client:
+        threads = [threading.Thread(target=hammer, args=(client.base_url,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(8):
+            version = promote()
+            until(partial(is_answering, version))
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert len(answered) > 100 and answered[-1] == 9
+
+
+def test_what_cannot_serve_leaves_the_last_good_version(
+    live: Settings, promote: Callable[[], int], registry: Registry
+) -> None:
+    promote()
+    with serving(live) as client:
+        version = promote()
+        until(lambda: ask(client)["model_version"] == 2)
+
+        def failed() -> bool:
+            return "reflux_model_swaps_failed_total{" in client.get("/metrics").text
+
+        weights = Path(live.registry) / "student/000003/weights.safetensors"
+        hidden = registry.uri + "/student-away"
+        version = students.publish(registry, live.home, seed=2)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        registry.promote("student", version, "looks fine")
+        until(failed)
+        assert 'error="CorruptVersionError"' in client.get("/metrics").text
+        assert ask(client)["model_version"] == 2
+        # The whole registry goes away, and comes back.
+        Path(live.registry, "student").rename(hidden)
+        time.sleep(0.2)
+        assert ask(client)["model_version"] == 2
+        Path(hidden).rename(Path(live.registry, "student"))
+        assert registry.roll_back("student") == 2
+        registry.promote("student", 1, "by hand")
+        until(lambda: ask(client)["model_version"] == 1)
+
+
+def test_without_the_online_store_it_answers_in_time_and_says_so(
+    live: Settings, promote: Callable[[], int], tmp_path: Path
+) -> None:
+    promote()
+    port = processes.free_port()
+    redis = processes.Process(processes.redis(port, data=tmp_path / "redis"), logs=tmp_path)
+    try:
+        redis.wait_ready()
+        own = live.model_copy(update={"redis": f"127.0.0.1:{port}"})
+        write_history(own, "robust", item(1))
+        with serving(own) as client:
+            assert not ask(client, user_id="robust")["degraded"]
+            for disturb, recent, fallback in [
+                (signal.SIGSTOP, [item(2)], None),
+                (signal.SIGKILL, [], "trending"),
+            ]:
+                os.kill(redis.pid, disturb)
+                time.sleep(1.1)  # past the cool-down: this request meets the store itself
+                began_s = time.monotonic()
+                answer = ask(client, user_id="robust", recent_items=recent)
+                assert time.monotonic() - began_s < own.feature_timeout_s + 0.2
+                assert (answer["degraded"], answer["fallback"]) == (True, fallback)
+                assert "without the history" in answer["reason"]
+                assert ids(answer)
+            redis.stop()
+            redis = processes.Process(redis.command, logs=tmp_path)
+            redis.wait_ready()
+            until(lambda: not ask(client, user_id="robust")["degraded"])
+    finally:
+        redis.stop()
+
+
+def test_what_was_shown_to_a_user_becomes_an_impression(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    promote()
+    ensure_topics(live)
+    with serving(live) as client:
+        ask(client, recent_items=[item(1)])
+        answer = ask(client, user_id="impressed", n=3)
+        until(lambda: 'reflux_impressions_total{outcome="sent"} 1.0' in client.get("/metrics").text)
+    with closing(make_consumer(live)) as consumer:
+        consumer.subscribe([EVENTS])
+        shown: list[Any] = []
+
+        def found() -> bool:
+            for records in consumer.poll(timeout_ms=200).values():
+                shown.extend(r for r in records if json.loads(r.value)["type"] == "impression")
+            return any(r.key == b"impressed" for r in shown)
+
+        until(found)
+    (record,) = [r for r in shown if r.key == b"impressed"]
+    event = decode_event(record.value, arrival_ms=record.timestamp, max_future_s=60)
+    assert (event.event_id, event.item_id) == (answer["request_id"], ids(answer)[0])
+    assert event.context == {"items": ids(answer), "model_version": 1, "fallback": "trending"}
+
+
+def test_kafka_away_costs_impressions_and_nothing_else(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    promote()
+    nowhere = f"127.0.0.1:{processes.free_port()}"
+    away = live.model_copy(update={"kafka_bootstrap": nowhere, "kafka_timeout_s": 0.5})
+    with serving(away) as client:
+        for _ in range(20):
+            began_s = time.monotonic()
+            ask(client, user_id="unimpressed")
+            assert time.monotonic() - began_s < 0.5
+        until(lambda: 'outcome="failed"' in client.get("/metrics").text)
