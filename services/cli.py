@@ -1,0 +1,301 @@
+"""The `reflux` command. Every heavy import waits inside its command: `--help` stays instant."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from services.core.errors import RefluxError
+
+if TYPE_CHECKING:
+    from services.core.settings import Settings
+    from services.local.jobs import Jobs
+
+app = typer.Typer(
+    help="A real-time recommender that never stops learning.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+events_app = typer.Typer(help="Send events, replay a log of them.", no_args_is_help=True)
+teacher_app = typer.Typer(help="The large model, refreshed periodically.", no_args_is_help=True)
+student_app = typer.Typer(help="The distillation job.", no_args_is_help=True)
+models_app = typer.Typer(help="Published versions.", no_args_is_help=True)
+app.add_typer(events_app, name="events")
+app.add_typer(teacher_app, name="teacher")
+app.add_typer(student_app, name="student")
+app.add_typer(models_app, name="models")
+
+Kind = Literal["teacher", "student"]
+KindArgument = Annotated[Kind, typer.Argument(help="which model")]
+JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable")]
+
+
+def main() -> None:
+    """Run the command; an error of ours is one clear line and exit code 1."""
+    try:
+        app()
+    except RefluxError as error:
+        print(f"reflux: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def up(
+    foreground: Annotated[bool, typer.Option(help="stay, and print what happens")] = False,
+) -> None:
+    """Start the stack: whatever the settings don't point elsewhere, and Reflux itself."""
+    from services.local import daemon
+
+    settings = _settings()
+    if foreground:
+        from services.local.__main__ import main as supervise
+
+        sys.exit(supervise())
+    addresses = daemon.start(settings, report=_say)
+    print(f"\nevents   POST {addresses['gateway_url']}/v1/events")
+    print(f"answers  POST {addresses['recommend_url']}/v1/recommendations")
+    print(f"API docs      {addresses['gateway_url']}/docs  {addresses['recommend_url']}/docs")
+    print(f"Ray           {addresses['ray_address']}")
+    print(
+        f"logs          {settings.logs}\n\n`reflux status` shows it at work, `reflux down` ends it."
+    )
+
+
+@app.command()
+def down() -> None:
+    """Stop the stack and every process it started."""
+    from services.local.stack import tear_down
+
+    settings = _settings()
+    if not tear_down(settings, report=_say):
+        print(f"nothing runs in home={str(settings.home)!r}")
+
+
+@app.command()
+def status(as_json: JsonOption = False) -> None:
+    """Rates, lag, freshness, versions and prequential quality."""
+    from services.local.observe import Observer, render_status
+
+    snapshot = Observer(_settings()).look()
+    if as_json:
+        print(json.dumps(snapshot.to_dict(), indent=2))
+    else:
+        render_status(snapshot)
+
+
+@app.command()
+def doctor() -> None:
+    """Check ports, versions, memory and configured services; print the settings."""
+    from services.local.doctor import examine, render
+
+    settings = _settings()
+    findings = examine(settings)
+    render(settings, findings)
+    if any(not finding.ok for finding in findings):
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    dataset: Annotated[str, typer.Option(help="ml-1m, ml-100k, or a CSV/Parquet log")] = "ml-1m",
+    rate: Annotated[float, typer.Option(help="live events per second", min=1.0)] = 200.0,
+    events: Annotated[int, typer.Option(help="end after this many live events; 0: all")] = 0,
+    duration: Annotated[str, typer.Option("--for", help="end after, e.g. 90s, 5m, 1h")] = "",
+) -> None:
+    """The whole loop on a real log: history, teacher, student, then the rest as live traffic."""
+    from services.local.demo import Demo
+
+    limit_s = parse_duration_s(duration) if duration else None
+    Demo(_settings(), dataset=dataset, rate=rate, max_events=events or None, limit_s=limit_s).run()
+
+
+@app.command()
+def recommend(
+    user: Annotated[str, typer.Argument(help="user id; empty for an anonymous session")] = "",
+    n: Annotated[int, typer.Option("-n", help="how many", min=1, max=100)] = 10,
+    recent: Annotated[list[str] | None, typer.Option(help="recent item, oldest first")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="only items of this category")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the running stack for recommendations."""
+    from services.local.client import Client
+
+    answer = Client(_settings()).recommend(
+        user_id=user or None, n=n, recent_items=recent or [], categories=category or []
+    )
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    for place, item in enumerate(answer["items"], start=1):
+        print(f"{place:3}  {item['score']:8.3f}  {item.get('title') or item['item_id']}")
+    fallback = answer.get("fallback") or "personal"
+    print(f"\nstudent {answer['model_version']}, teacher {answer['teacher_version']}, {fallback}")
+
+
+@events_app.command("send")
+def events_send(
+    source: Annotated[
+        Path | None, typer.Argument(help="a file of NDJSON events, `-` for standard input")
+    ] = None,
+    user: Annotated[str, typer.Option(help="user id, for a single event")] = "",
+    item: Annotated[str, typer.Option(help="item id, for a single event")] = "",
+    type_: Annotated[str, typer.Option("--type", help="view, click, rating, ...")] = "click",
+    value: Annotated[float | None, typer.Option(help="rating, price, ...")] = None,
+) -> None:
+    """Send one event (--user, --item), or a file of them, through the gateway."""
+    from services.local.client import Client, new_event
+
+    client = Client(_settings())
+    if user and item:
+        body = json.dumps(new_event(user_id=user, item_id=item, type_=type_, value=value)).encode()
+    elif source is not None:
+        body = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+    else:
+        raise RefluxError("nothing to send: give a file (or `-`), or --user and --item")
+    answer = client.send(body)
+    print(json.dumps(answer, indent=2))
+    if answer["rejected"]:
+        sys.exit(1)
+
+
+@events_app.command("replay")
+def events_replay(
+    dataset: Annotated[str, typer.Argument(help="ml-1m, ml-100k, or a CSV/Parquet log")],
+    rate: Annotated[float, typer.Option(help="events per second; 0: as fast as it goes")] = 0.0,
+    skip: Annotated[int, typer.Option(help="leave out this many first events", min=0)] = 0,
+    events: Annotated[int, typer.Option(help="end after this many; 0: all", min=0)] = 0,
+) -> None:
+    """Send a log in time order through the gateway, its items' metadata first."""
+    from services.local.replay import replay
+
+    settings = _settings()
+    sent = replay(settings, dataset=dataset, rate=rate, skip=skip, limit=events or None)
+    print(f"{sent:,} events accepted")
+
+
+@teacher_app.command("refresh")
+def teacher_refresh(
+    wait: Annotated[bool, typer.Option(help="until it has ended")] = False,
+) -> None:
+    """Train a new teacher from the offline log, as a Ray job."""
+    _submit("teacher", wait=wait)
+
+
+@teacher_app.command("status")
+def teacher_status() -> None:
+    """The teacher jobs so far."""
+    _print_jobs("teacher")
+
+
+@student_app.command("start")
+def student_start() -> None:
+    """Start the distillation job; it resumes from its checkpoint."""
+    _submit("student", wait=False)
+
+
+@student_app.command("stop")
+def student_stop() -> None:
+    """Let the distillation job checkpoint and end. (Under `reflux up` it is started again.)"""
+    job = _jobs().stop("student")
+    print("no distillation job is active" if job is None else f"{job.submission_id} {job.status}")
+
+
+@student_app.command("status")
+def student_status() -> None:
+    """The distillation jobs so far."""
+    _print_jobs("student")
+
+
+@models_app.command("list")
+def models_list(kind: KindArgument = "student", as_json: JsonOption = False) -> None:
+    """Versions with their metrics, lineage and the gate's word."""
+    from services.local.models import list_models, render_models
+
+    rows = list_models(_settings(), kind)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        render_models(rows)
+
+
+@models_app.command("show")
+def models_show(kind: KindArgument, version: int) -> None:
+    """One version's whole manifest."""
+    from services.core.registry import Registry
+
+    print(json.dumps(Registry(_settings().registry).manifest(kind, version), indent=2))
+
+
+@models_app.command("promote")
+def models_promote(kind: KindArgument, version: int, reason: str = "by hand") -> None:
+    """Let a published version serve."""
+    from services.core.registry import Registry
+
+    Registry(_settings().registry).promote(kind, version, reason)
+    print(f"{kind} {version} serves")
+
+
+@models_app.command("rollback")
+def models_rollback(kind: KindArgument = "student") -> None:
+    """Let the version that served before serve again."""
+    from services.core.registry import Registry
+
+    print(f"{kind} {Registry(_settings().registry).roll_back(kind)} serves again")
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds in `90`, `90s`, `5m` or `1h`."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = -1.0
+    if seconds <= 0:
+        raise RefluxError(f"--for={text!r}: write a number and s, m or h, e.g. 90s, 5m, 1h")
+    return seconds
+
+
+def _settings() -> "Settings":
+    from services.core.settings import Settings
+
+    return Settings.load()
+
+
+def _jobs() -> "Jobs":
+    from services.local.jobs import Jobs
+    from services.local.stack import read_stack
+
+    settings = _settings()
+    stack = read_stack(settings)
+    return Jobs(settings, embedded=bool(stack and stack["embedded_ray"]))
+
+
+def _submit(kind: Kind, *, wait: bool) -> None:
+    jobs = _jobs()
+    submission_id = jobs.submit(kind)
+    print(f"submitted {submission_id}; `ray job logs {submission_id}` shows it at work")
+    if wait:
+        job = jobs.wait(submission_id, timeout_s=24 * 3600.0)
+        print(jobs.logs(submission_id))
+        if job.status != "SUCCEEDED":
+            raise RefluxError(f"{submission_id} {job.status.lower()}: {job.message}")
+
+
+def _print_jobs(kind: Kind) -> None:
+    jobs = _jobs().list(kind)
+    for job in jobs:
+        print(f"{job.submission_id}  {job.status}  {job.message}")
+    if not jobs:
+        print(f"no {kind} job yet")
+
+
+def _say(message: str, **_: Any) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""`reflux up` in the background: start the supervisor, say what it does, wait until all answers."""
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+from services.core.errors import UnavailableError
+from services.core.settings import Settings
+from services.local.stack import Report, read_stack, refuse_second_stack
+
+TIMEOUT_S = 300.0
+
+
+def start(settings: Settings, *, report: Report) -> dict[str, Any]:
+    """Start `python -m services.local` detached; return the addresses once everything answers."""
+    refuse_second_stack(settings)
+    settings.logs.mkdir(parents=True, exist_ok=True)
+    log = settings.logs / "supervisor.log"
+    told = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as out:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "services.local"],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with log.open("rb") as lines:
+            lines.seek(told)
+            for line in lines.read().decode(errors="replace").splitlines():
+                report(line)
+            told = lines.tell()
+        stack = read_stack(settings)
+        if stack and stack["ready"]:
+            return dict(stack["settings"])
+        if supervisor.poll() is not None:
+            raise UnavailableError(f"the stack did not start; see {log}")
+        time.sleep(0.2)
+    raise UnavailableError(f"the stack was not ready after {TIMEOUT_S:g} s; see {log}")

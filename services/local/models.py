@@ -1,0 +1,69 @@
+"""`reflux models list`: published versions with metrics, lineage and the gate's word."""
+
+import datetime
+from typing import Any
+
+from services.core.errors import NothingServingError
+from services.core.registry import Kind, Registry
+from services.core.settings import Settings
+
+SHOWN_METRICS = {
+    "teacher": ("validation.ndcg@10",),
+    "student": ("stream.student.ndcg@10", "stream.teacher.ndcg@10"),
+}
+
+
+def list_models(settings: Settings, kind: Kind) -> list[dict[str, Any]]:
+    """One row per version, oldest first, `serving` true for the one that answers."""
+    registry = Registry(settings.registry)
+    try:
+        serving: int | None = registry.serving(kind).version
+    except NothingServingError:
+        serving = None
+    rows = []
+    for version in registry.versions(kind):
+        manifest = registry.manifest(kind, version)
+        rows.append(
+            {
+                "kind": kind,
+                "version": version,
+                "serving": version == serving,
+                "created_ms": manifest["created_ms"],
+                "parent": manifest.get("parent"),
+                "teacher_version": manifest.get("teacher_version"),
+                "gate": manifest.get("gate"),
+                "metrics": manifest.get("metrics", {}),
+            }
+        )
+    return rows
+
+
+def render_models(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        Console().print("no version has been published yet")
+        return
+    metrics = SHOWN_METRICS[rows[0]["kind"]]
+    table = Table("version", "created", "parent", "teacher", *metrics, "gate", box=None)
+    for row in rows:
+        created = datetime.datetime.fromtimestamp(row["created_ms"] / 1000)
+        gate = row["gate"] or {}
+        table.add_row(
+            f"{'▶ ' if row['serving'] else '  '}{row['version']}",
+            f"{created:%m-%d %H:%M:%S}",
+            _text(row["parent"]),
+            _text(row["teacher_version"]),
+            *(_text(row["metrics"].get(name)) for name in metrics),
+            f"{'promoted' if gate.get('promoted') else 'kept'}: {gate.get('reason', '')}"
+            if gate
+            else "",
+        )
+    Console().print(table)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

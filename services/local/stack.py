@@ -1,0 +1,264 @@
+"""The one-machine stack: what the settings don't point elsewhere, and our own processes.
+
+`Stack.start()` brings everything up, `supervise()` restarts what dies and keeps the learning
+jobs going, `stop()` leaves no process behind. `<home>/stack.json` tells other commands where
+everything is, and lets `reflux down` end a stack whose supervisor is gone.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from services.core.errors import RefluxError, UnavailableError
+from services.core.settings import STACK_FILE, Settings
+from services.local import processes
+from services.local.processes import Command, Process
+
+# Where a service is looked for first; taken by someone else: any free port.
+USUAL_PORTS = {"kafka": 9092, "redis": 6399, "ray": 8265, "gateway": 8080, "recommend": 8000}
+ADDRESSES = ("kafka_bootstrap", "redis", "ray_address", "gateway_url", "recommend_url")
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class _Supervised:
+    process: Process
+    restarts: int = 0
+    not_before: float = 0.0  # monotonic; the back-off after a crash
+
+
+@dataclass
+class Stack:
+    """Every process of the one-machine stack. `settings` holds the real addresses once started."""
+
+    settings: Settings
+    report: Report = lambda _: None
+    _children: dict[str, _Supervised] = field(default_factory=dict)
+    _embedded_ray: bool = False
+    _worker_metrics_port: int = 0
+    _ready: bool = False
+
+    @property
+    def embedded_ray(self) -> bool:
+        return self._embedded_ray
+
+    def start(self) -> None:
+        """Start and wait until everything answers; on any failure, stop what was started."""
+        refuse_second_stack(self.settings)
+        try:
+            self._start_backends()
+            self._start_services()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End everything this stack started, the last started first."""
+        for name, child in reversed(self._children.items()):
+            self.report(f"stopping {name}")
+            child.process.stop()
+        self._children.clear()
+        stack_path(self.settings).unlink(missing_ok=True)
+
+    def supervise(self) -> None:
+        """One look: restart what died, with back-off (1, 2, 4 ... 30 s)."""
+        for name, child in list(self._children.items()):
+            if child.process.running or time.monotonic() < child.not_before:
+                continue
+            child.restarts += 1
+            wait_s = min(2.0 ** (child.restarts - 1), 30.0)
+            child.not_before = time.monotonic() + wait_s
+            self.report(f"{name} died; restart {child.restarts}, the next not before {wait_s:g} s")
+            child.process = Process(child.process.command, logs=self.settings.logs)
+            self._write_stack_file()
+            if name == "ray":  # its Serve application and jobs died with it
+                child.process.wait_ready()
+                deploy_answers(self.settings)
+
+    def _start_backends(self) -> None:
+        settings = self.settings
+        addresses: dict[str, Any] = {}
+        if not settings.kafka_bootstrap:
+            port = usual_port("kafka", settings.kafka_port)
+            self._spawn(processes.broker(port))
+            addresses["kafka_bootstrap"] = f"{processes.LOOPBACK}:{port}"
+        if not settings.redis:
+            port = usual_port("redis", settings.redis_port)
+            self._spawn(processes.redis(port, data=settings.home.absolute() / "redis"))
+            addresses["redis"] = f"{processes.LOOPBACK}:{port}"
+        addresses["recommend_port"] = usual_port("recommend", settings.recommend_port)
+        if not settings.ray_address:
+            self._embedded_ray = True
+            port = usual_port("ray", settings.ray_dashboard_port)
+            addresses["ray_address"] = f"http://{processes.LOOPBACK}:{port}"
+            self._spawn(
+                processes.ray_head(
+                    dashboard_port=port, cpus=settings.ray_cpus, env=self._proxy_environment()
+                )
+            )
+        addresses["gateway_port"] = usual_port("gateway", settings.gateway_port)
+        addresses["gateway_url"] = f"http://{settings.host}:{addresses['gateway_port']}"
+        addresses["recommend_url"] = f"http://{settings.host}:{addresses['recommend_port']}"
+        self.settings = settings.model_copy(update=addresses)
+        self._write_stack_file()
+        for name in ("kafka", "redis"):
+            self._wait(name)
+
+    def _start_services(self) -> None:
+        from services.core.kafka import ensure_topics
+
+        ensure_topics(self.settings)
+        self._spawn(self._service("gateway", "services.ingest.gateway", self._gateway_ready))
+        for index in range(self.settings.workers):
+            name = "worker" if index == 0 else f"worker-{index}"
+            self._spawn(self._worker(name, first=index == 0))
+        for name in list(self._children):
+            self._wait(name)
+        self.report("deploying the answers on Ray Serve")
+        deploy_answers(self.settings)
+        self._ready = True
+        self._write_stack_file()
+
+    def _spawn(self, command: Command) -> None:
+        self.report(f"starting {command.name}")
+        self._children[command.name] = _Supervised(Process(command, logs=self.settings.logs))
+
+    def _wait(self, name: str) -> None:
+        if name in self._children:
+            self._children[name].process.wait_ready()
+
+    def _worker(self, name: str, *, first: bool) -> Command:
+        port = processes.free_port()
+        if first:
+            self._worker_metrics_port = port
+        ready = lambda: processes.listens(port)  # noqa: E731
+        env = {"REFLUX_WORKER_METRICS_PORT": str(port)}
+        return self._service(name, "services.ingest.worker", ready, env)
+
+    def _service(
+        self, name: str, module: str, ready: Callable[[], bool], env: dict[str, str] | None = None
+    ) -> Command:
+        return Command(
+            name=name,
+            argv=[sys.executable, "-m", module],
+            ready=ready,
+            env={**self.settings.environment(), **(env or {})},
+            ready_timeout_s=90.0,
+        )
+
+    def _gateway_ready(self) -> bool:
+        return processes.listens(self.settings.gateway_port)
+
+    def _proxy_environment(self) -> dict[str, str]:
+        from services.recommend.deploy import proxy_environment
+
+        return proxy_environment(self.settings)
+
+    def _write_stack_file(self) -> None:
+        children = {name: child.process for name, child in self._children.items()}
+        content = {
+            "settings": {
+                **{name: getattr(self.settings, name) for name in ADDRESSES},
+                "gateway_port": self.settings.gateway_port,
+                "recommend_port": self.settings.recommend_port,
+            },
+            "supervisor": identify(os.getpid()),
+            "processes": {name: identify(child.pid) for name, child in children.items()},
+            "logs": {name: str(child.log) for name, child in children.items()},
+            "worker_metrics_port": self._worker_metrics_port,
+            "embedded_ray": self._embedded_ray,
+            "ready": self._ready,
+        }
+        path = stack_path(self.settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=2))
+        partial.replace(path)
+
+
+def usual_port(service: str, wanted: int) -> int:
+    """The configured port; else the service's usual one if it is free, else any free one."""
+    if wanted:
+        return processes.free_port(wanted)
+    try:
+        return processes.free_port(USUAL_PORTS[service])
+    except UnavailableError:
+        return processes.free_port()
+
+
+def deploy_answers(settings: Settings) -> None:
+    """Deploy the Serve application on the settings' Ray and wait until it answers."""
+    command = [sys.executable, "-m", "services.recommend"]
+    log = settings.logs / "deploy.log"
+    with log.open("ab") as out:
+        code = subprocess.call(
+            command, env={**os.environ, **settings.environment()}, stdout=out, stderr=out
+        )
+    if code != 0:
+        raise UnavailableError(f"the answers could not be deployed; see {log}")
+
+
+def stack_path(settings: Settings) -> Path:
+    return settings.home.absolute() / STACK_FILE
+
+
+def read_stack(settings: Settings) -> dict[str, Any] | None:
+    """What the running stack of this home wrote; None where there is none."""
+    try:
+        return dict(json.loads(stack_path(settings).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def identify(pid: int) -> dict[str, float]:
+    """A pid and its start time: together they never name another process."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {"pid": pid, "started": psutil.Process(pid).create_time()}
+    return {"pid": pid, "started": 0.0}
+
+
+def is_alive(identity: dict[str, float]) -> bool:
+    try:
+        process = psutil.Process(int(identity["pid"]))
+        same = abs(process.create_time() - identity["started"]) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def refuse_second_stack(settings: Settings) -> None:
+    stack = read_stack(settings)
+    if stack is None:
+        return
+    if any(is_alive(one) for one in [stack["supervisor"], *stack["processes"].values()]):
+        raise RefluxError(
+            f"a stack runs already in home={str(settings.home)!r}; `reflux down` stops it, "
+            "REFLUX_HOME names another one"
+        )
+    stack_path(settings).unlink()
+
+
+def tear_down(settings: Settings, *, report: Report) -> bool:
+    """End the stack of this home, its supervisor first. False: none was there."""
+    stack = read_stack(settings)
+    if stack is None:
+        return False
+    if is_alive(stack["supervisor"]):
+        report("stopping the supervisor and what it started")
+        processes.stop_tree(int(stack["supervisor"]["pid"]), grace_s=60.0)
+    for name, identity in reversed(stack["processes"].items()):
+        if is_alive(identity):
+            report(f"stopping {name}")
+            processes.stop_tree(int(identity["pid"]), grace_s=10.0)
+    stack_path(settings).unlink(missing_ok=True)
+    return True

@@ -1,0 +1,132 @@
+"""The pure parts of the one-machine stack: when to refresh, how to pace, what to show."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.cli import parse_duration_s
+from services.core.errors import RefluxError, UnavailableError
+from services.core.settings import Settings
+from services.local.learning import TeacherState, refresh_due
+from services.local.observe import quantile
+from services.local.processes import Command, Process
+from services.local.replay import BATCH_EVENTS, paced
+from services.local.report import smooth
+
+NOW_MS = 1_000 * 60_000
+SETTINGS = Settings(teacher_every_minutes=30, teacher_every_events=1_000, teacher_first_events=100)
+
+
+@pytest.mark.parametrize(
+    ("events", "teacher", "reason"),
+    [
+        (99, None, None),
+        (100, None, "first teacher"),
+        (1_999, TeacherState(created_ms=NOW_MS, events=1_000), None),
+        (2_000, TeacherState(created_ms=NOW_MS, events=1_000), "1,000 events since"),
+        (1_001, TeacherState(created_ms=NOW_MS - 31 * 60_000, events=1_000), "31 minutes old"),
+        (1_000, TeacherState(created_ms=NOW_MS - 31 * 60_000, events=1_000), None),
+    ],
+)
+def test_a_refresh_is_due_by_events_or_by_age(
+    events: int, teacher: TeacherState | None, reason: str | None
+) -> None:
+    due = refresh_due(events=events, teacher=teacher, now_ms=NOW_MS, settings=SETTINGS)
+    assert (due is None) == (reason is None)
+    assert reason is None or reason in (due or "")
+
+
+def test_zero_switches_a_refresh_trigger_off() -> None:
+    never = Settings(teacher_every_minutes=0, teacher_every_events=0)
+    old = TeacherState(created_ms=0, events=0)
+    assert refresh_due(events=10**9, teacher=old, now_ms=NOW_MS, settings=never) is None
+
+
+def test_pacing_holds_the_rate_and_loses_nothing() -> None:
+    now = itertools.count(0.0, 0.05)  # every look at the clock is 50 ms later
+    lines = [b"%d" % index for index in range(500)]
+    seen, looks = [], 0
+    for batch in paced(iter(lines), rate=100.0, clock=lambda: next(now), sleep=lambda _: None):
+        seen += batch
+        looks = int(next(now) / 0.05)
+        assert len(seen) <= 100.0 * looks * 0.05
+    assert seen == lines
+    assert looks >= 500 / (100.0 * 0.05)
+
+
+def test_no_rate_means_full_batches() -> None:
+    sizes = [len(batch) for batch in paced(iter([b""] * 2_500), rate=0.0)]
+    assert sizes == [BATCH_EVENTS, BATCH_EVENTS, 500]
+
+
+def test_quantiles_of_a_prometheus_histogram() -> None:
+    buckets = [(0.1, 50.0), (0.2, 90.0), (float("inf"), 100.0)]
+    assert quantile(buckets, 0.5) == pytest.approx(0.1)
+    assert quantile(buckets, 0.7) == pytest.approx(0.15)
+    assert quantile(buckets, 0.99) == pytest.approx(0.2)  # all that is known: beyond the last
+    assert quantile([(0.1, 0.0), (float("inf"), 0.0)], 0.5) is None
+
+
+def test_the_plot_weighs_windows_by_their_events() -> None:
+    curve = [
+        {"m": 1.0, "window.events": 100.0, "stream.events": 100.0},
+        {"m": 0.0, "window.events": 300.0, "stream.events": 400.0},
+        {"window.events": 50.0, "stream.events": 450.0},
+    ]
+    xs, ys = smooth(curve, "m")
+    assert xs == [100.0, 400.0]
+    assert ys[0] == 1.0
+    assert 0.2 < ys[1] < 0.25
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1h", 3600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-5m", "five"])
+def test_bad_durations_say_what_is_allowed(text: str) -> None:
+    with pytest.raises(RefluxError, match="90s, 5m, 1h"):
+        parse_duration_s(text)
+
+
+def test_a_stopped_process_leaves_no_descendant(tmp_path: Path) -> None:
+    # The grandchild ignores SIGTERM and leads a session of its own, as Ray's workers may.
+    grandchild = "import signal,time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    child = (
+        "import subprocess,sys,time\n"
+        f"subprocess.Popen([sys.executable, '-c', {grandchild!r}], start_new_session=True)\n"
+        "time.sleep(60)"
+    )
+    process = _start(child, tmp_path)
+    family = psutil.Process(process.pid)
+    while not family.children():
+        assert process.running
+    descendants = family.children(recursive=True)
+    process.stop(grace_s=1.0)
+    assert not any(one.is_running() for one in [family, *descendants])
+
+
+def test_a_process_that_ends_at_start_shows_its_last_words(tmp_path: Path) -> None:
+    process = _start("print('no such luck')", tmp_path)
+    with pytest.raises(UnavailableError, match="no such luck"):
+        process.wait_ready()
+
+
+def test_help_answers_without_heavy_imports() -> None:
+    code = (
+        "import sys; from services import cli; from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'ray', 'feast', 'pyarrow', 'kafka'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _start(code: str, logs: Path) -> Process:
+    argv = [sys.executable, "-c", code]
+    return Process(Command(name="child", argv=argv, ready=lambda: False, env={}), logs=logs)
