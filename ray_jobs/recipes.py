@@ -22,6 +22,7 @@ class TrainConfig:
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
+    niceness: int = 0  # > 0 where answers are served from the same cores
     max_epochs: float
     max_train_s: float
     refresh_epochs: float  # when a previous teacher is at hand to start from
@@ -47,6 +48,7 @@ class DistillConfig:
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
+    niceness: int = 0  # > 0 where answers are served from the same cores
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -104,6 +106,7 @@ def tiny_cpu() -> Recipe:
         ),
         train=TrainConfig(
             num_workers=2,
+            niceness=5,
             max_epochs=20,
             max_train_s=100,
             refresh_epochs=3,
@@ -128,6 +131,7 @@ def one_gpu() -> Recipe:
             tiny.train,
             num_workers=1,
             use_gpu=True,
+            niceness=0,
             cpus_per_worker=4,
             threads_per_worker=4,
             max_train_s=1800,
