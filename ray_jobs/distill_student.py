@@ -123,6 +123,7 @@ def train_loop(given: dict[str, Any]) -> None:
     recipe = recipes.load(given["recipe"])
     context = ray.train.get_context()
     peers = Peers(context.get_world_rank(), context.get_world_size())
+    os.nice(recipe.distill.niceness)
     torch.set_num_threads(recipe.distill.threads_per_worker)
     torch.manual_seed(settings.seed + peers.rank)
     state = resume(recipe, peers) or first_state(settings, recipe, peers)
@@ -241,6 +242,7 @@ class Distiller:
 
     def begin(self) -> None:
         """Publish the first version at once; the student frozen as it is now is the yardstick."""
+        self._look_after_teachers()
         if self.state.frozen is None and len(self.state.catalog) > 1:
             self._publish()
             self.checkpoint()
@@ -410,8 +412,9 @@ class Distiller:
         )
 
     def _look_after_teachers(self) -> None:
-        if self._teachers.look():
-            counters = self.state.counters
+        self._teachers.look()
+        counters = self.state.counters
+        if counters.teacher != self._teachers.version:
             counters.teacher, counters.first_teacher = self._teachers.version, self._teachers.first
             counters.teacher_ndcg = counters.student_ndcg = 0.0
 

@@ -49,6 +49,7 @@ class DistillConfig:
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     niceness: int = 0  # > 0 where answers are served from the same cores
+    label_cpus: float = 1.0  # of each teacher that labels
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     clip_norm: float = 1.0

@@ -63,75 +63,72 @@ class Asked:
 
 
 class Teachers:
-    """One worker's labellers. `version` and `first` are None until there is a teacher."""
+    """One worker's labellers. `version` labels, `first` is kept to show what ageing costs; both
+    are None until there is a teacher."""
 
     def __init__(
-        self,
-        registry_uri: str,
-        *,
-        config: DistillConfig,
-        first: int | None = None,
+        self, registry_uri: str, *, config: DistillConfig, first: int | None = None
     ) -> None:
         self._registry = Registry(registry_uri)
         self._config = config
-        self._actors: dict[int, Any] = {}
-        self._align: tuple[list[str], NDArray[np.int32]] = ([], np.zeros((1, 0), np.int32))
-        self._next: tuple[int, Any] | None = None  # version, its readiness
-        self._looked_s = 0.0
+        self._running: dict[int, _Running] = {}
+        self._failed: set[int] = set()
+        self._catalog: tuple[list[str], NDArray[np.int32]] = ([], np.zeros((1, 0), np.int32))
+        self._wanted: int | None = None
+        self._looked_s = -LOOK_EVERY_S
         self.version: int | None = None
         self.first = first
         self.offsets: Mapping[int, int] = {}
 
     def align(self, catalog: Catalog) -> None:
         """Tell every labeller about new rows and content."""
-        rows = range(1, len(catalog))
-        self._align = (catalog.ids(rows), catalog.content.copy())
-        for actor in self._actors.values():
-            actor.align.remote(*self._align)
+        self._catalog = (catalog.ids(range(1, len(catalog))), catalog.content.copy())
+        for running in self._running.values():
+            running.actor.align.remote(*self._catalog)
 
     def start(self) -> None:
-        """Begin with the teacher that is promoted now, if there is one; wait until it is ready."""
-        self._resume_first()
-        self._look()
-        if self._next is not None:
-            ray.wait([self._next[1]], timeout=READY_TIMEOUT_S)
+        """Take up the teacher that is promoted now, if there is one; wait until it is ready."""
+        if self.first is not None and self._config.stale_teacher:
+            try:
+                self._registry.manifest("teacher", self.first)
+                self._load(self.first)
+            except RegistryError as error:
+                logger.warning("the first teacher is gone, its row ends here: %s", error)
+        self.look()
+        if self._wanted is not None:
+            ray.wait([self._running[self._wanted].ready], timeout=READY_TIMEOUT_S)
         self.look()
 
-    def look(self) -> bool:
-        """Every second see whether another teacher was promoted; True when it has taken over."""
-        if self._next is None and time.monotonic() - self._looked_s > LOOK_EVERY_S:
-            self._look()
-        if self._next is None:
-            return False
-        version, ready = self._next
-        if not ray.wait([ready], timeout=0)[0]:
-            return False
-        self._next = None
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayError as error:
-            logger.warning("teacher %d can't label, the one before goes on: %s", version, error)
-            self._actors.pop(version, None)
-            return False
-        gone = self.version
-        self.version = version
-        self.first = self.first or version
-        self.offsets = _offsets(self._registry, version)
-        if gone is not None and gone not in (self.first, version):
-            self._actors.pop(gone, None)
-        logger.info("teacher %d labels from now on", version)
-        return True
+    def look(self) -> None:
+        """See, once a second, whether another teacher was promoted; swap when it is ready."""
+        if self._wanted == self.version and time.monotonic() - self._looked_s > LOOK_EVERY_S:
+            self._looked_s = time.monotonic()
+            try:
+                promoted = self._registry.serving("teacher").version
+            except NothingServingError:
+                return
+            if promoted not in self._failed:
+                self._wanted = promoted
+                self._load(promoted)
+        if self._wanted is None or self._wanted == self.version or not self._able(self._wanted):
+            return
+        gone, self.version = self.version, self._wanted
+        self.first = self.first or self.version
+        self.offsets = _offsets(self._registry, self.version)
+        if gone is not None and gone != self.first:
+            self._running.pop(gone, None)  # the actor ends with its last reference
+        logger.info("teacher %d labels from now on", self.version)
 
     def ask_labels(self, batch: MicroBatch) -> Asked:
         """Ask for labels alone, of what need not be scored."""
-        actor = self._actors.get(self.version or 0)
+        actor = self._able(self.version)
         if actor is None or not self._config.needs_labels:
             return Asked()
         return Asked(actor.label.remote(batch, top_k=self._config.top_k))
 
     def ask(self, batch: MicroBatch, *, stale: bool, **how: Any) -> Asked:
         """Ask for labels of a batch; `stale`: for the first teacher's ranks as well."""
-        actor = self._actors.get(self.version or 0)
+        actor = self._able(self.version)
         if actor is None:
             return Asked()
         ref = ray.put(batch)  # once, for both
@@ -141,59 +138,62 @@ class Teachers:
             return Asked(answer)
         if self.first == self.version:
             return Asked(answer, same=True)
-        first = self._actors.get(self.first or 0)
+        first = self._able(self.first)
         return Asked(answer, None if first is None else first.label.remote(ref, **how))
 
     def answer(self, asked: Asked) -> tuple[Labels | None, Ranks | None]:
-        """Labels, and the first teacher's ranks. A labeller that died is started again."""
+        """Labels, and the first teacher's ranks; None where nobody was asked, or has died."""
         labels = self._get(asked.teacher, self.version)
         if asked.same:
             return labels, None if labels is None else labels.ranks
         stale = self._get(asked.stale, self.first)
         return labels, None if stale is None else stale.ranks
 
-    def _look(self) -> None:
-        self._looked_s = time.monotonic()
-        try:
-            promoted = self._registry.serving("teacher").version
-        except NothingServingError:
+    def _load(self, version: int) -> None:
+        """Start a labeller, unless it runs."""
+        if version in self._running:
             return
-        if promoted != self.version or promoted not in self._actors:
-            self._next = (promoted, self._load(promoted))
+        # Without the strategy it would have to fit into the training worker's own bundle.
+        actor = (
+            ray.remote(Labeller)
+            .options(num_cpus=self._config.label_cpus, scheduling_strategy="DEFAULT")
+            .remote(self._registry.uri, version, threads=self._config.threads_per_worker)
+        )
+        self._running[version] = _Running(actor, actor.align.remote(*self._catalog))
 
-    def _resume_first(self) -> None:
-        if self.first is None or not self._config.stale_teacher:
-            return
+    def _able(self, version: int | None) -> Any | None:
+        """The labeller of that version, if it is ready: one that isn't would keep us waiting."""
+        running = self._running.get(version or 0)
+        if running is None or not ray.wait([running.ready], timeout=0)[0]:
+            return None
         try:
-            self._registry.manifest("teacher", self.first)
-        except RegistryError as error:
-            logger.warning("the first teacher is gone, its row ends here: %s", error)
-            return
-        self._load(self.first)
-
-    def _load(self, version: int) -> "ray.ObjectRef[None]":
-        """Start a labeller (unless it runs); the reference resolves when it is ready."""
-        if version not in self._actors:
-            # Without the strategy it would have to fit into the training worker's own bundle.
-            self._actors[version] = (
-                ray.remote(Labeller)
-                .options(num_cpus=self._config.cpus_per_worker, scheduling_strategy="DEFAULT")
-                .remote(self._registry.uri, version, threads=self._config.threads_per_worker)
-            )
-        ready: ray.ObjectRef[None] = self._actors[version].align.remote(*self._align)
-        return ready
+            ray.get(running.ready)
+        except ray.exceptions.RayError as error:
+            logger.warning("teacher %s can't label: %s", version, error)
+            self._failed.add(version or 0)
+            self._running.pop(version or 0)
+            self._wanted = self.version
+            return None
+        return running.actor
 
     def _get(self, asked: "ray.ObjectRef[Labels] | None", version: int | None) -> Labels | None:
-        if asked is None or version is None:
+        if asked is None:
             return None
         try:
             labels: Labels = ray.get(asked)
             return labels
         except ray.exceptions.RayActorError as error:
-            logger.warning("teacher %d stopped labelling, starting it again: %s", version, error)
-            self._actors.pop(version, None)
-            self._load(version)
+            logger.warning("teacher %s stopped labelling, starting it again: %s", version, error)
+            if version in self._running:
+                del self._running[version]
+                self._load(version)
             return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    actor: Any
+    ready: "ray.ObjectRef[None]"
 
 
 def _offsets(registry: Registry, version: int) -> dict[int, int]:
