@@ -1,0 +1,183 @@
+"""Parquet files named by what they cover: `<prefix>-<partition>-<first>-<last>.parquet`.
+
+A file appears whole or not at all, and the same span written twice is the same file, so that
+whoever repeats work after a crash changes nothing. Files may overlap; readers see each offset once.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+READ_ATTEMPTS: Final = 5  # compaction may remove a file between listing and reading
+READ_THREADS: Final = 8
+MERGED_OFFSETS: Final = 2_000_000  # at most in one file
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Span:
+    """Offsets `first` to `last` (inclusive) of one partition."""
+
+    partition: int
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last:
+            raise ValueError(f"a span needs 0 <= first <= last, got {self.first}..{self.last}")
+
+
+class SpanFiles:
+    """The files of one kind in `<root>/<folder>`; rows have columns `partition` and `offset`."""
+
+    def __init__(self, root: str, folder: str, *, prefix: str, schema: pa.Schema) -> None:
+        self.fs, path = filesystem(root)
+        self.path = f"{path}/{folder}"
+        self.schema = schema
+        self._prefix = prefix
+
+    def write(self, table: pa.Table, span: Span) -> None:
+        """Add the rows that cover `span`: readers see all of them or none."""
+        write_whole(self.fs, self._file(span), table.cast(self.schema))
+
+    def names(self) -> list[str]:
+        """Every name in the folder; none where it doesn't exist yet."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        return [PurePosixPath(info.path).name for info in self.fs.get_file_info(selector)]
+
+    def spans(self) -> list[Span]:
+        """Every file, by partition, then first offset, longest first."""
+        pattern = re.compile(rf"{self._prefix}-(\d{{5}})-(\d{{15}})-(\d{{15}})\.parquet")
+        matches = (pattern.fullmatch(name) for name in self.names())
+        spans = [Span(partition=int(m[1]), first=int(m[2]), last=int(m[3])) for m in matches if m]
+        return sorted(spans, key=lambda span: (span.partition, span.first, -span.last))
+
+    def read(
+        self, columns: Sequence[str], *, since: Mapping[int, int], until: Mapping[int, int]
+    ) -> pa.Table:
+        """Rows with `since[p] <= offset < until[p]` (missing: no bound), by partition and span."""
+        for attempt in range(READ_ATTEMPTS):
+            pieces = [
+                piece
+                for number, spans in groupby(self.spans(), key=lambda span: span.partition)
+                for piece in _cover(spans, since=since.get(number, 0), until=until.get(number))
+            ]
+            try:
+                with ThreadPoolExecutor(READ_THREADS) as pool:
+                    tables = list(pool.map(lambda piece: self._read(piece, columns), pieces))
+            except FileNotFoundError:  # compacted meanwhile: list again
+                if attempt == READ_ATTEMPTS - 1:
+                    raise
+                continue
+            return pa.concat_tables([self.schema.empty_table().select(columns), *tables])
+        raise AssertionError("unreachable")
+
+    def compact(self) -> int:
+        """Merge neighbouring small files; return how many files are gone.
+
+        Sizes stay roughly geometric, so each row is rewritten a logarithmic number of times. The
+        parts of a merged file are removed by the next call only: whoever listed them has until
+        then to read them.
+        """
+        gone = 0
+        for _, spans in groupby(self.spans(), key=lambda span: span.partition):
+            files = list(spans)
+            pieces = _cover(files)
+            kept = {piece.span for piece in pieces}
+            try:
+                for span in files:
+                    if span not in kept:
+                        self.fs.delete_file(self._file(span))
+                        gone += 1
+                for group in _neighbours(pieces):
+                    merged = pa.concat_tables([self._read(p, self.schema.names) for p in group])
+                    partition = group[0].span.partition
+                    span = Span(partition=partition, first=group[0].lo, last=group[-1].hi)
+                    self.write(merged, span)
+            except FileNotFoundError:  # another process compacts: leave the rest to it
+                return gone
+        return gone
+
+    def _read(self, piece: "_Piece", columns: Sequence[str]) -> pa.Table:
+        whole = piece.span.first == piece.lo and piece.span.last == piece.hi
+        offset = pc.field("offset")
+        return pq.read_table(
+            self._file(piece.span),
+            filesystem=self.fs,
+            columns=list(columns),
+            filters=None if whole else (offset >= piece.lo) & (offset <= piece.hi),
+            use_threads=False,  # files are read side by side
+            partitioning=None,
+        )
+
+    def _file(self, span: Span) -> str:
+        name = f"{self._prefix}-{span.partition:05d}-{span.first:015d}-{span.last:015d}.parquet"
+        return f"{self.path}/{name}"
+
+
+def filesystem(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path in it."""
+    if "://" not in root:
+        return pyarrow.fs.LocalFileSystem(), str(Path(root).absolute())
+    fs, path = pyarrow.fs.FileSystem.from_uri(root)
+    return fs, path.rstrip("/")
+
+
+def write_whole(fs: pyarrow.fs.FileSystem, path: str, table: pa.Table) -> None:
+    """Write a Parquet file that readers see complete or not at all."""
+    folder = str(PurePosixPath(path).parent)
+    fs.create_dir(folder, recursive=True)
+    temporary = f"{folder}/.{uuid.uuid4().hex}"
+    pq.write_table(table, temporary, filesystem=fs, compression="zstd")
+    fs.move(temporary, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """The part `lo..hi` (inclusive) that a file contributes."""
+
+    span: Span
+    lo: int
+    hi: int
+
+
+def _cover(spans: Iterable[Span], *, since: int = 0, until: int | None = None) -> list[_Piece]:
+    """Pieces of one partition's files that hold each offset of `since..until` exactly once."""
+    pieces: list[_Piece] = []
+    at = since
+    for span in sorted(spans, key=lambda span: (span.first, -span.last)):
+        lo = max(at, span.first)
+        hi = span.last if until is None else min(span.last, until - 1)
+        if lo <= hi:
+            pieces.append(_Piece(span=span, lo=lo, hi=hi))
+            at = hi + 1
+    return pieces
+
+
+def _neighbours(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Groups of two or more adjacent pieces worth one file, as in a log-structured merge."""
+
+    def size(group: list[_Piece]) -> int:
+        return group[-1].hi - group[0].lo + 1
+
+    groups: list[list[_Piece]] = []
+    for piece in pieces:
+        groups.append([piece])
+        while (
+            len(groups) > 1
+            and groups[-2][-1].hi + 1 == groups[-1][0].lo
+            and size(groups[-2]) <= 2 * size(groups[-1])
+            and size(groups[-2]) + size(groups[-1]) <= MERGED_OFFSETS
+        ):
+            tail = groups.pop()
+            groups[-1] += tail
+    return [group for group in groups if len(group) > 1]
