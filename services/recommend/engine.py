@@ -15,7 +15,7 @@ from services.core.catalog import Catalog
 from services.core.events import EventType
 from services.core.features import UserHistory
 from services.core.models.sequences import Features, features_of
-from services.core.models.student import ServingStudent
+from services.core.models.serving import ServingStudent
 from services.recommend.schema import RecommendRequest
 
 Rows = NDArray[np.int64]

@@ -1,5 +1,6 @@
 """What every model must keep to, whatever its size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +132,13 @@ def test_saved_and_loaded_give_the_same(model: Recommender, tmp_path: Path) -> N
     )
 
 
-def test_serving_scores_as_training_does() -> None:
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("n_events", [1, 2, STUDENT.max_len + 1, 2 * STUDENT.max_len])
+def test_serving_scores_as_training_does(n_events: int, n_layers: int) -> None:
     torch.manual_seed(0)
-    student = Student(STUDENT, n_rows=N_ROWS).eval()
+    student = Student(replace(STUDENT, n_layers=n_layers), n_rows=N_ROWS).eval()
     student.describe(content())
-    rows, types, gaps, _ = inputs(histories(1, 20), 20)
+    rows, types, gaps, _ = inputs(histories(1, n_events), n_events)
     served = student.for_serving().score_next(rows, types, gaps)
     trained = student.scores(student(rows, types, gaps)[:, -1])[0]
     torch.testing.assert_close(served, trained, atol=1e-5, rtol=1e-5)

@@ -9,11 +9,11 @@ Shapes: B sequences, L events, N positions, D width, T the teacher's width, V ca
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from services.core.models.encoder import EncoderConfig
 from services.core.models.recommender import Recommender
+from services.core.models.serving import ServingStudent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +42,6 @@ class Student(Recommender):
         guess_NT: Tensor = self.to_teacher(hidden_ND)
         return guess_NT
 
-    def for_serving(self) -> "ServingStudent":
+    def for_serving(self) -> ServingStudent:
         """What answers need and nothing else, on weights of its own."""
-        return ServingStudent(self)
-
-
-class ServingStudent:
-    """A frozen student with its item table computed once."""
-
-    def __init__(self, student: Student) -> None:
-        self.n_rows = student.n_rows
-        self.max_events = 2 * student.config.max_len
-        copy = Student(student.config, n_rows=student.n_rows)  # type: ignore[arg-type]
-        copy.load_state_dict(student.state_dict())
-        self._encoder = copy.eval().requires_grad_(False).encoder
-        self._bias_V = copy.bias_V.detach()
-        with torch.no_grad():
-            self._table_VD = self._encoder.item_table()
-
-    @torch.inference_mode()
-    def score_next(self, rows_1L: Tensor, types_1L: Tensor, gaps_1L: Tensor) -> Tensor:
-        """scores_V, logits of one user's next item, from the last `max_events` events.
-
-        L >= 1, no padding; row 0 (padding) scores -inf.
-        """
-        at = slice(-self.max_events, None)
-        hidden_1LD = self._encoder(
-            rows_1L[:, at], types_1L[:, at], gaps_1L[:, at], table_VD=self._table_VD
-        )
-        scores_V = torch.addmv(self._bias_V, self._table_VD, hidden_1LD[0, -1])
-        scores_V[0] = -torch.inf
-        return scores_V
+        return ServingStudent(self.encoder, self.bias_V)
