@@ -1,0 +1,154 @@
+"""The teacher job on a real Ray: a worker is killed, training resumes, the next run refreshes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+
+from ray_jobs import recipes, train_teacher
+from ray_jobs.recipes import Recipe
+from services.core.eventlog import SCHEMAS, EventLog
+from services.core.events import EVENTS
+from services.core.models.teacher import Teacher
+from services.core.registry import Registry
+from services.core.settings import Settings
+
+N_USERS, N_EVENTS, N_ITEMS = 100, 8_000, 300
+MARK = "REFLUX_TEST_RAY"  # in the environment of our Ray's processes, and of nobody else's
+
+
+@pytest.fixture
+def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv(MARK, str(os.getpid()))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    # "local": never somebody else's cluster on this machine.
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    settings = Settings(home=tmp_path)
+    append(settings.offline, first=0, last=N_EVENTS)
+    return settings
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    tiny = recipes.tiny_cpu()
+    return replace(
+        tiny,
+        teacher=replace(tiny.teacher, dim=16, n_layers=1, n_heads=2, max_len=32),
+        train=replace(
+            tiny.train,
+            max_epochs=1000,
+            max_train_s=10,
+            refresh_epochs=2,
+            refresh_train_s=4,
+            line_events=64,
+            learning_rate=2e-2,
+            checkpoint_every_s=0.5,
+        ),
+    )
+
+
+def append(root: str, *, first: int, last: int) -> None:
+    """Everyone walks through the items in the same circle, each from a place of their own."""
+    users = np.arange(N_EVENTS * 2) % N_USERS
+    starts = np.random.default_rng(0).integers(0, N_ITEMS, N_USERS)
+    items = (starts[users] + np.arange(N_EVENTS * 2) // N_USERS) % N_ITEMS
+    at = np.arange(first, last)
+    time_us = pa.array(at * 10**6, pa.timestamp("us", tz="UTC"))
+    columns = {
+        "event_id": [str(e) for e in at],
+        "user_id": [f"u{users[e]}" for e in at],
+        "item_id": [f"i{items[e]}" for e in at],
+        "type": ["click"] * len(at),
+        "timestamp": time_us,
+        "value": pa.nulls(len(at), pa.float64()),
+        "context": pa.nulls(len(at), pa.string()),
+        "arrival": time_us,
+        "partition": np.zeros(len(at), np.int32),
+        "offset": at,
+    }
+    EventLog(root, EVENTS).append(pa.table(columns, schema=SCHEMAS[EVENTS]))
+
+
+def kill_a_worker_after_a_checkpoint(checkpoints: Path, killed: list[int]) -> None:
+    """Killed right after its first one, it would start over: the second commits the first."""
+    seen: set[Path] = set()
+    deadline = time.monotonic() + 120
+    while not killed and time.monotonic() < deadline:
+        time.sleep(0.1)
+        seen.update(checkpoints.glob("teacher-*/checkpoint_*"))
+        if len(seen) > 2:
+            for process in psutil.process_iter(["cmdline", "environ"]):
+                ours = (process.info["environ"] or {}).get(MARK) == str(os.getpid())
+                if ours and "RayTrainWorker" in "".join(process.info["cmdline"] or []):
+                    process.kill()
+                    killed.append(process.pid)
+                    break
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_a_refresh_and_what_is_published(
+    settings: Settings, recipe: Recipe, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    killer = threading.Thread(
+        target=kill_a_worker_after_a_checkpoint, args=(Path(settings.checkpoints), killed)
+    )
+    killer.start()
+    assert train_teacher.refresh(settings, recipe) == 1
+    killer.join()
+    registry = Registry(settings.registry)
+    first = registry.manifest("teacher", 1)
+    assert killed
+    assert first["resumed"] >= 1
+    assert first["train_s"] < 20  # time before the kill counts
+    assert first["offsets"] == {"0": N_EVENTS}
+    assert first["parent"] is None
+    assert first["gate"]["promoted"], first["gate"]["reason"]
+    assert first["metrics"]["slice.teacher.ndcg@10"] > 0.5
+    assert not list(Path(settings.checkpoints).glob("teacher-*"))
+    model = Teacher.load(registry.fetch("teacher", 1, tmp_path / "fetched"))
+    assert model.n_rows == 1 + N_ITEMS
+
+    append(settings.offline, first=N_EVENTS, last=N_EVENTS + 1_000)
+    assert train_teacher.refresh(settings, recipe) == 2
+    second = registry.manifest("teacher", 2)
+    assert second["parent"] == 1
+    assert second["offsets"] == {"0": N_EVENTS + 1_000}
+    assert "slice.parent.ndcg@10" in second["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "huge"], "no such recipe; choose one of tiny_cpu, one_gpu, many_gpus"),
+        ([], "holds 0 interactions"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFLUX_HOME", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train_teacher", *arguments])
+    with pytest.raises(SystemExit, match=message) as ended:
+        train_teacher.main()
+    assert "\n" not in str(ended.value)
