@@ -97,13 +97,12 @@ class Recipe:
 
 def tiny_cpu() -> Recipe:
     """Two cores, a million events: teacher in 100 s, refreshes in less, a 1 ms student."""
-    teacher = EncoderConfig(dim=128, n_layers=2, n_heads=4, max_len=128, dropout=0.1)
+    teacher = EncoderConfig(dim=128, n_layers=2, n_heads=4, max_len=128, content_buckets=2048)
     return Recipe(
         name="tiny_cpu",
         teacher=teacher,
         student=StudentConfig(
-            **{**dataclasses.asdict(teacher), "dim": 16, "n_layers": 2, "n_heads": 2},
-            teacher_dim=teacher.dim,
+            dim=24, n_layers=1, n_heads=2, max_len=64, content_buckets=256, teacher_dim=teacher.dim
         ),
         train=TrainConfig(
             num_workers=2,
@@ -113,9 +112,9 @@ def tiny_cpu() -> Recipe:
             refresh_epochs=3,
             refresh_train_s=45,
             line_events=256,
-            batch_lines=4,
-            learning_rate=3e-3,
-            refresh_learning_rate=1e-3,
+            batch_lines=2,
+            learning_rate=6e-3,
+            refresh_learning_rate=2e-3,
         ),
     )
 
@@ -126,8 +125,10 @@ def one_gpu() -> Recipe:
     return dataclasses.replace(
         tiny,
         name="one_gpu",
-        teacher=dataclasses.replace(tiny.teacher, dim=256, n_layers=8, n_heads=8, max_len=512),
-        student=dataclasses.replace(tiny.student, dim=64, n_heads=2, teacher_dim=256),
+        teacher=dataclasses.replace(
+            tiny.teacher, dim=256, n_layers=8, n_heads=8, max_len=512, dropout=0.1
+        ),
+        student=dataclasses.replace(tiny.student, dim=64, n_layers=2, teacher_dim=256),
         train=dataclasses.replace(
             tiny.train,
             num_workers=1,
