@@ -42,9 +42,9 @@ def judge(model: Teacher, shard: Shard, *, popularity: NDArray[np.float64]) -> Q
     popularity_V = torch.tensor(popularity, device=device)
     quality = Quality()
     for chunk in _chunks(shard, context=2 * model.config.max_len):
-        features_1L = [torch.from_numpy(c[None, chunk.context]).to(device) for c in chunk.features]
+        features_1L = [torch.tensor(c[None, chunk.context], device=device) for c in chunk.features]
         hidden_LD = model(*features_1L, table_VD=table_VD)[0]
-        target_N = torch.from_numpy(chunk.targets).to(device)
+        target_N = torch.tensor(chunk.targets, device=device)
         seen_NV = chunk.seen(model.n_rows).to(device)
         scores_NV = model.scores(hidden_LD[-len(target_N) :], table_VD=table_VD)
         ranks = ranks_of(scores_NV, target_N, seen_NV=seen_NV).cpu().numpy()

@@ -11,7 +11,6 @@ worker costs what came after the last checkpoint.
 
 import argparse
 import dataclasses
-import logging
 import os
 import shutil
 import signal
@@ -162,6 +161,7 @@ def _trainer(
             storage_path=settings.checkpoints,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # INFO: every report
         ),
     )
 
@@ -201,7 +201,6 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     shard: Shard = ray.get(run.shards[rank])
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it logs every report at length
     os.nice(train.niceness)
     torch.set_num_threads(train.threads_per_worker)
     torch.set_float32_matmul_precision("high")
@@ -239,7 +238,10 @@ def train_worker(config: dict[str, Any]) -> None:
         if rank == 0 and progress.elapsed_s >= said_s + PROGRESS_EVERY_S:
             said_s = progress.elapsed_s
             left_s = said_s * (1 - done) / done
-            print(f"{done:.0%}  step {progress.step}  loss {loss:.3f}  {left_s:.0f} s left")
+            print(
+                f"{done:.0%}  step {progress.step}  loss {loss:.3f}  {left_s:.0f} s left",
+                flush=True,
+            )
         if progress.elapsed_s >= saved_s + train.checkpoint_every_s:
             saved_s = progress.elapsed_s
             report(model, optimizer, progress, loss)
