@@ -114,11 +114,7 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
     for group in optimizer.param_groups:
         group["lr"] = counters.learning_rate
     _set_moments(student, optimizer, load_file(directory / "optimizer.safetensors"))
-    rng = np.random.default_rng([rank, counters.steps])
-    if mine is not None and len(owns) == world:
-        rng.bit_generator.state = mine["rng"]
-        torch.set_rng_state(load_file(ranks[rank] / "rng.safetensors")["torch_rng"])
-    return State(
+    state = State(
         student=student,
         optimizer=optimizer,
         catalog=Catalog.from_table(pq.read_table(directory / "catalog.parquet")),
@@ -132,10 +128,15 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
         ledger=_owned([own["ledger"] for own in owns], rank, world),
         quality=Prequential() if mine is None else Prequential.from_state(mine["quality"]),
         counters=counters,
-        rng=rng,
+        rng=np.random.default_rng([rank, counters.steps]),
         frozen=_load_if_there(directory / "frozen"),
         serving=_load_if_there(directory / "serving"),
     )
+    if mine is not None and len(owns) == world:
+        # Last of all, for making a model draws from torch's generator.
+        state.rng.bit_generator.state = mine["rng"]
+        torch.set_rng_state(load_file(ranks[rank] / "rng.safetensors")["torch_rng"])
+    return state
 
 
 def _owned(parts: Iterable[Mapping[str, Any]], rank: int, world: int) -> dict[int, Any]:

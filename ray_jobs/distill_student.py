@@ -117,7 +117,9 @@ class StopFile:
 
 def train_loop(given: dict[str, Any]) -> None:
     """One Ray Train worker: start, then tick until told to stop."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    for ours in ("distill", "ray_jobs"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     os.environ.update(given["settings"])
     settings = Settings.load()
     recipe = recipes.load(given["recipe"])
@@ -227,7 +229,7 @@ class Distiller:
         self.state = state
         self._source = source
         self._teachers = teachers
-        self._settings = settings
+        self.settings = settings
         self._config = config
         self._peers = peers
         self._keep = keep
@@ -262,9 +264,9 @@ class Distiller:
         self._look_after_teachers()
         if self._is_due("epoch", EPOCH_EVERY_S):
             self._source.check_epoch()
-        if self._is_due("publish", self._settings.publish_every_s):
+        if self._is_due("publish", self.settings.publish_every_s):
             self._publish_news()
-        if self._is_due("checkpoint", self._settings.checkpoint_every_s):
+        if self._is_due("checkpoint", self.settings.checkpoint_every_s):
             self.checkpoint()
 
     def checkpoint(self) -> None:

@@ -29,7 +29,7 @@ class Labels:
     ranks: Ranks
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def label(
     teacher: Teacher,
     batch: MicroBatch,

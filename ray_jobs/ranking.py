@@ -1,5 +1,7 @@
 """Score a micro-batch with a model that hasn't learned it yet: the prequential forecast.
 
+Gradients are off by `no_grad`, not `inference_mode`: the lines packed here are learned later.
+
 Shapes: N targets, M of them at a time, D width, V catalog rows, U users.
 """
 
@@ -28,7 +30,7 @@ def encode(model: Recommender, batch: MicroBatch, *, table_VD: Tensor) -> Tensor
     return hidden_ND
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: Recommender, batch: MicroBatch, *, popularity: NDArray[np.float64], known_rows: int
 ) -> Ranks:
@@ -47,7 +49,7 @@ def predict(
     return np.concatenate(ranks)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_popular(
     batch: MicroBatch, *, popularity: NDArray[np.float64], known_rows: int
 ) -> Ranks:
@@ -82,7 +84,7 @@ def rank(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def top_lists(model: Recommender, batch: MicroBatch, *, n: int = 10, users: int = 64) -> Lists:
     """(U, n) rows: what some of the batch's users would be answered, seen items included."""
     model.eval()

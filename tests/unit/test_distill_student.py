@@ -1,0 +1,265 @@
+"""The distillation loop on a source that aborts: exactly once, no look ahead, and it recovers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ray_jobs import checkpoint, replay
+from ray_jobs.checkpoint import Counters, State
+from ray_jobs.distill_student import Distiller
+from ray_jobs.histories import Histories
+from ray_jobs.labels import aligned, label
+from ray_jobs.learner import adam, loss_terms, trust_in
+from ray_jobs.microbatch import MicroBatch, absorb, group
+from ray_jobs.peers import Peers
+from ray_jobs.ranking import predict
+from ray_jobs.recipes import DistillConfig
+from ray_jobs.stream import Received
+from ray_jobs.teachers import Teachers
+from services.core.catalog import Catalog
+from services.core.metrics import Prequential
+from services.core.models.encoder import EncoderConfig
+from services.core.models.student import Student, StudentConfig
+from services.core.models.teacher import Teacher
+from services.core.registry import Registry
+from services.core.settings import Settings
+
+BATCH = 20
+CONFIG = DistillConfig(context_events=8, replay_users=2, max_events=BATCH, learning_rate=3e-3)
+STUDENT = StudentConfig(dim=8, n_layers=1, n_heads=1, max_len=8, dropout=0.1, teacher_dim=16)
+TEACHER = EncoderConfig(dim=16, n_layers=1, n_heads=2, max_len=8)
+
+
+class AbortError(Exception):
+    """The source broke down, as a killed process would."""
+
+
+class Log:
+    """A stream in memory, in micro-batches of `BATCH`; breaks down before `abort_at`."""
+
+    def __init__(self, n: int, *, at: int = 0, abort_at: int | None = None, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.users = rng.integers(0, 12, n)
+        self.items = rng.integers(0, 30, n)
+        self.positions = {0: at}
+        self.abort_at = abort_at
+
+    def received(self, first: int, last: int) -> Received:
+        at = np.arange(first, last)
+        return Received(
+            user_ids=[f"u{user}" for user in self.users[at]],
+            item_ids=[f"i{item}" for item in self.items[at]],
+            types=["view"] * len(at),
+            values=np.full(len(at), np.nan),
+            times_ms=at * 1000,
+            arrivals_ms=at * 1000,
+            partitions=[0] * len(at),
+            keys=at,
+            impressions=[],
+        )
+
+    def poll(self, *, max_events: int, timeout_s: float) -> Received:
+        first = self.positions[0]
+        last = min(first + max_events, len(self.users))
+        if self.abort_at is not None and last > self.abort_at:
+            raise AbortError
+        self.positions = {0: last}
+        return self.received(first, last)
+
+    def lag_events(self) -> int:
+        return 0
+
+    def check_epoch(self) -> None:
+        return
+
+
+def new_state(config: DistillConfig = CONFIG) -> State:
+    torch.manual_seed(0)
+    student = Student(STUDENT, n_rows=1)
+    return State(
+        student=student,
+        optimizer=adam(student, config),
+        catalog=Catalog(),
+        histories=Histories(keep=100),
+        positions={},
+        ledger={},
+        quality=Prequential(),
+        counters=Counters(learning_rate=config.learning_rate),
+        rng=np.random.default_rng(0),
+    )
+
+
+def distiller(
+    state: State, log: Log, home: Path, *, keep: Callable[[], None], config: DistillConfig = CONFIG
+) -> Distiller:
+    settings = Settings(home=home, publish_every_s=5, checkpoint_every_s=3)
+    clock = iter(range(10**9))
+    return Distiller(
+        state,
+        log,
+        Teachers(settings.registry, config=config),
+        settings=settings,
+        config=config,
+        peers=Peers(),
+        keep=keep,
+        now_s=lambda: next(clock) / 4,  # asked four times a tick
+    )
+
+
+def weights(state: State) -> dict[str, torch.Tensor]:
+    return state.student.state_dict()
+
+
+def test_a_run_that_broke_down_and_resumed_equals_one_that_did_not(tmp_path: Path) -> None:
+    whole = new_state()
+    uninterrupted = distiller(whole, Log(600), tmp_path / "a", keep=lambda: None)
+    for _ in range(31):
+        uninterrupted.tick()
+
+    broken = new_state()
+    kept: list[Path] = []
+
+    def keep() -> None:
+        kept.append(tmp_path / f"checkpoint-{len(kept)}")
+        checkpoint.save(broken, kept[-1], rank=0)
+
+    with pytest.raises(AbortError):
+        run = distiller(broken, Log(600, abort_at=330), tmp_path / "b", keep=keep)
+        while True:
+            run.tick()
+    resumed = checkpoint.load(kept[-1], config=CONFIG)
+    at = resumed.positions[0]
+    assert 0 < at < 330
+    again = distiller(resumed, Log(600, at=at), tmp_path / "b", keep=lambda: None)
+    while resumed.positions[0] < 600:
+        again.tick()
+
+    assert resumed.ledger == whole.ledger == {0: [[0, 600]]}
+    assert resumed.counters.events_learned == whole.counters.events_learned
+    assert resumed.histories.to_table().equals(whole.histories.to_table())
+    assert resumed.quality.metrics()["stream.student.ndcg@10"] == pytest.approx(
+        whole.quality.metrics()["stream.student.ndcg@10"]
+    )
+    for name, weight in weights(resumed).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_what_comes_later_changes_no_earlier_prediction() -> None:
+    """Plant an event after the twentieth, then permute all after it: the ranks before stay."""
+    log = Log(60)
+    catalog = Catalog()
+    past = log.received(0, 20).arrivals(catalog)
+    future = log.received(20, 60).arrivals(catalog)
+    torch.manual_seed(0)
+    student = Student(STUDENT, n_rows=len(catalog))
+
+    def ranks(order: list[int]) -> dict[int, int]:
+        """By the event's key, over one micro-batch: the past, then the future in `order`."""
+        events = np.concatenate([past.events, future.events[order]])
+        events["time_ms"] = np.arange(len(events)) * 1000
+        users = [*past.user_ids, *(future.user_ids[i] for i in order)]
+        histories = Histories(keep=100)
+        both = replace(past, user_ids=users, events=events, partitions=[0] * len(users))
+        news = group(both, histories)
+        batch = MicroBatch.of(news, context=8)
+        found = predict(student, batch, popularity=np.arange(31.0), known_rows=len(catalog))
+        keys = np.concatenate([user.events["key"][user.new] for user in news])
+        return {int(k): int(r) for k, r in zip(keys, found, strict=True) if k < 20}
+
+    backwards = list(range(39, -1, -1))
+    assert len(ranks([])) == 20
+    assert ranks([]) == ranks([7]) == ranks(list(range(40))) == ranks(backwards)
+
+
+def labelled_batch() -> tuple[Student, MicroBatch, Teacher]:
+    log, catalog = Log(60), Catalog()
+    histories = Histories(keep=100)
+    news = group(log.received(0, 60).arrivals(catalog), histories)
+    absorb(news, histories)
+    torch.manual_seed(0)
+    student = Student(STUDENT, n_rows=len(catalog))
+    return student, MicroBatch.of(news, context=8), Teacher(TEACHER, n_rows=len(catalog))
+
+
+@pytest.mark.parametrize(
+    ("off", "config"),
+    [
+        ("hard", replace(CONFIG, hard_weight=0.0)),
+        ("soft", replace(CONFIG, soft_weight=0.0)),
+        ("hidden", replace(CONFIG, hidden_weight=0.0)),
+    ],
+)
+def test_a_weight_of_zero_switches_its_term_off(off: str, config: DistillConfig) -> None:
+    student, batch, teacher = labelled_batch()
+    labels = label(teacher, batch, top_k=5)
+    terms = loss_terms(
+        student,
+        batch,
+        labels,
+        config=config,
+        weights_N=torch.ones(len(batch)),
+        trust=1.0,
+    )
+    assert set(terms) == {"hard", "soft", "hidden"} - {off}
+    assert all(torch.isfinite(term) for term in terms.values())
+
+
+def test_a_teacher_out_of_trust_leaves_the_hard_label() -> None:
+    student, batch, teacher = labelled_batch()
+    labels = label(teacher, batch, top_k=5)
+    weights_N = torch.ones(len(batch))
+    terms = loss_terms(student, batch, labels, config=CONFIG, weights_N=weights_N, trust=0.0)
+    assert set(terms) == {"hard"}
+
+
+def test_trust_fades_with_age_and_with_being_overtaken() -> None:
+    fresh = trust_in(age_events=0, half_life_events=100, teacher_ndcg=0.2, student_ndcg=0.1)
+    aged = trust_in(age_events=100, half_life_events=100, teacher_ndcg=0.2, student_ndcg=0.1)
+    garbage = trust_in(age_events=0, half_life_events=100, teacher_ndcg=0.01, student_ndcg=0.1)
+    assert (fresh, aged) == (1.0, 0.5)
+    assert garbage == pytest.approx(0.01)
+
+
+def test_a_teacher_moves_to_the_jobs_rows_with_what_it_knows() -> None:
+    own, to = Catalog(), Catalog()
+    own.add(["a", "b", "c"])
+    to.add(["c", "new", "a"])
+    teacher = Teacher(TEACHER, n_rows=len(own))
+    moved = aligned(teacher, own, item_ids=["c", "new", "a"], content=to.content)
+    old, new = teacher.encoder.item_id.weight, moved.encoder.item_id.weight
+    assert torch.equal(new[[1, 3]], old[[3, 1]])
+    assert not new[2].any()
+
+
+def test_after_repeated_failures_the_job_goes_back_to_what_serves(tmp_path: Path) -> None:
+    config = replace(CONFIG, failures_until_reset=2)
+    state = new_state(config)
+    run = distiller(state, Log(2_000), tmp_path, keep=lambda: None, config=config)
+    registry = Registry(run.settings.registry)
+    while state.serving is None:
+        run.tick()
+    good = registry.serving("student").version
+    with torch.no_grad():
+        state.student.bias_V[1] = torch.nan
+    while state.counters.learning_rate == config.learning_rate:
+        run.tick()
+    assert registry.serving("student").version == good
+    newest = registry.manifest("student", registry.versions("student")[-1])
+    assert not newest["gate"]["promoted"]
+    assert f"back to version {good}" in newest["gate"]["reason"]
+    while registry.serving("student").version == good:
+        run.tick()
+    assert state.counters.learning_rate == config.learning_rate / 2
+    assert all(torch.isfinite(weight).all() for weight in weights(state).values())
+
+
+def test_the_replay_window_is_learned_like_news() -> None:
+    histories = Histories(keep=100)
+    absorb(group(Log(100).received(0, 100).arrivals(Catalog()), histories), histories)
+    news = replay.draw(histories, np.random.default_rng(0), users=3, window=8)
+    batch = MicroBatch.of(news, context=8)
+    assert len(batch) == sum(int(user.new.sum()) for user in news)
