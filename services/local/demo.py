@@ -6,6 +6,7 @@ ask for recommendations. Everything lives in `<home>/demo`, made anew each time.
 """
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Demo:
         self._rate = rate
         self._max_events = max_events
         self._limit_s = limit_s
-        self._console = Console()
+        self._console = Console(log_path=False, width=None if sys.stdout.isatty() else 110)
         self._record = report.Record()
 
     def run(self) -> None:
@@ -182,6 +183,7 @@ class Demo:
         supervising = _Repeat(lambda: look(stack, learning), every_s=0.5)
         asker = Asker(self._settings, producer.recent_user)
         observer = Observer(self._settings)
+        observer.mark()  # the import of history was no live traffic
         threads: list[_Producer | _Repeat | Asker] = [producer, supervising, asker]
         for thread in threads:
             thread.start()

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
-from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from services.core.errors import NothingServingError
 from services.core.eventlog import EventLog
@@ -44,32 +44,45 @@ class Snapshot:
         return asdict(self)
 
 
+Samples = dict[str, list[Sample]]  # what all endpoints expose, by the sample's name
+
+
 class Observer:
-    """Looks at the gateway, the feature worker, the answers and the registry of `settings`."""
+    """Looks at the gateway, the feature workers, the answers and the registry of `settings`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._registry = Registry(settings.registry)
         self._http = httpx.Client(timeout=TIMEOUT_S)
+        self._marked: Samples = {}
+
+    def mark(self) -> None:
+        """Let latencies and freshness count from now on, not from the start of the processes."""
+        self._marked = self._scrape(read_stack(self._settings))
 
     def look(self) -> Snapshot:
         stack = read_stack(self._settings)
-        port = stack["worker_metrics_port"] if stack else 0
-        gateway = self._scrape(self._settings.gateway_url)
-        worker = self._scrape(f"http://127.0.0.1:{port}" if port else "")
-        answers = self._scrape(self._settings.recommend_url)
+        samples = self._scrape(stack)
+
+        def seconds(name: str, q: float) -> float | None:
+            return quantile(_buckets(samples, name, since=self._marked), q)
+
+        def milliseconds(name: str, q: float) -> float | None:
+            found = seconds(name, q)
+            return None if found is None else found * 1000
+
         return Snapshot(
             at_ms=int(time.time() * 1000),
             **self._learning(),
-            events_accepted=_count(gateway, "reflux_gateway_accepted"),
-            events_dead=_count(worker, "reflux_worker_dead_letters"),
-            feature_lag_events=_count(worker, "reflux_worker_lag_events"),
-            feature_freshness_p50_ms=_quantile_ms(worker, "reflux_feature_freshness_seconds", 0.5),
-            feature_freshness_p99_ms=_quantile_ms(worker, "reflux_feature_freshness_seconds", 0.99),
-            answers=_count(answers, "reflux_answers"),
-            answer_p50_ms=_quantile_ms(answers, "reflux_answer_seconds", 0.5),
-            answer_p99_ms=_quantile_ms(answers, "reflux_answer_seconds", 0.99),
-            weight_freshness_p50_s=_quantile_s(answers, "reflux_weight_freshness_seconds", 0.5),
+            events_accepted=_total(samples, "reflux_gateway_accepted_total"),
+            events_dead=_total(samples, "reflux_worker_dead_letters_total"),
+            feature_lag_events=_total(samples, "reflux_worker_lag_events"),
+            feature_freshness_p50_ms=milliseconds("reflux_feature_freshness_seconds", 0.5),
+            feature_freshness_p99_ms=milliseconds("reflux_feature_freshness_seconds", 0.99),
+            answers=_total(samples, "reflux_answers_total"),
+            answer_p50_ms=milliseconds("reflux_answer_seconds", 0.5),
+            answer_p99_ms=milliseconds("reflux_answer_seconds", 0.99),
+            weight_freshness_p50_s=seconds("reflux_weight_freshness_seconds", 0.5),
             processes={
                 name: is_alive(identity)
                 for name, identity in (stack["processes"] if stack else {}).items()
@@ -100,39 +113,38 @@ class Observer:
         except NothingServingError:
             return None
 
-    def _scrape(self, url: str) -> dict[str, Metric]:
-        if not url:
-            return {}
-        try:
-            text = self._http.get(f"{url}/metrics").text
-        except httpx.TransportError:
-            return {}
-        return {family.name: family for family in text_string_to_metric_families(text)}
+    def _scrape(self, stack: dict[str, Any] | None) -> Samples:
+        """Every sample of every endpoint that answers."""
+        ports = stack["worker_metrics_ports"] if stack else []
+        urls = [self._settings.gateway_url, self._settings.recommend_url]
+        urls += [f"http://127.0.0.1:{port}" for port in ports]
+        samples: Samples = {}
+        for url in filter(None, urls):
+            try:
+                text = self._http.get(f"{url}/metrics").text
+            except httpx.TransportError:
+                continue
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    samples.setdefault(sample.name, []).append(sample)
+        return samples
 
 
-def _count(families: dict[str, Metric], name: str) -> int | None:
-    """A counter's or gauge's value, summed over its labels."""
-    if name not in families:
+def _total(samples: Samples, name: str) -> int | None:
+    """A counter's or gauge's value, summed over labels and processes."""
+    if name not in samples:
         return None
-    samples = families[name].samples
-    return int(sum(s.value for s in samples if s.name in (name, f"{name}_total")))
+    return int(sum(sample.value for sample in samples[name]))
 
 
-def _quantile_ms(families: dict[str, Metric], name: str, q: float) -> float | None:
-    seconds = _quantile_s(families, name, q)
-    return None if seconds is None else seconds * 1000
-
-
-def _quantile_s(families: dict[str, Metric], name: str, q: float) -> float | None:
-    """The quantile of a Prometheus histogram, interpolated inside its bucket."""
-    if name not in families:
-        return None
-    buckets: dict[float, float] = {}
-    for sample in families[name].samples:
-        if sample.name == f"{name}_bucket":
+def _buckets(samples: Samples, name: str, *, since: Samples) -> list[tuple[float, float]]:
+    """(upper bound, cumulative count) of a histogram, over all processes, less what was before."""
+    counts: dict[float, float] = {}
+    for sign, source in ((1.0, samples), (-1.0, since)):
+        for sample in source.get(f"{name}_bucket", []):
             bound = float(sample.labels["le"])
-            buckets[bound] = buckets.get(bound, 0.0) + sample.value
-    return quantile(buckets.items(), q)
+            counts[bound] = counts.get(bound, 0.0) + sign * sample.value
+    return sorted(counts.items())
 
 
 def quantile(buckets: Iterable[tuple[float, float]], q: float) -> float | None:

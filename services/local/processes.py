@@ -32,6 +32,7 @@ class Command:
     ready: Callable[[], bool]
     env: Mapping[str, str]
     ready_timeout_s: float = 60.0
+    scratch: Path | None = None  # removed after the end; its logs are kept
 
 
 class Process:
@@ -72,6 +73,16 @@ class Process:
     def stop(self, *, grace_s: float = 10.0) -> None:
         stop_tree(self.pid, grace_s=grace_s)
         self._popen.wait()
+        if scratch := self.command.scratch:
+            logs = scratch / "session_latest" / "logs"
+            if logs.exists():
+                shutil.copytree(
+                    logs,
+                    self.log.with_suffix(""),
+                    dirs_exist_ok=True,
+                    ignore_dangling_symlinks=True,
+                )
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _tail(self, lines: int = 8) -> str:
         text = self.log.read_text(errors="replace").splitlines()[-lines:]
@@ -153,8 +164,7 @@ def redis(port: int, *, data: Path) -> Command:
 
 def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Command:
     """A Ray head on loopback with the Jobs API at `dashboard_port`, all ports free ones."""
-    # Unix sockets live under the temp dir and their paths end at 107 bytes: keep it short.
-    temp = Path(tempfile.gettempdir()) / f"reflux-ray-{dashboard_port}"
+    temp = ray_scratch(dashboard_port)
     shutil.rmtree(temp, ignore_errors=True)
     ports = {
         "--port": free_port(),
@@ -175,9 +185,16 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
             *("--object-store-memory", str(512 * 2**20), "--disable-usage-stats"),
         ],
         ready=lambda: listens(dashboard_port),
-        env={"RAY_AUTH_MODE": "disabled", **env},
+        # On a busy machine Ray's own 30 s for its parts to come up is too short.
+        env={"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "120", **env},
         ready_timeout_s=120.0,
+        scratch=temp,
     )
+
+
+def ray_scratch(dashboard_port: int) -> Path:
+    """Where that Ray keeps its session: Unix sockets, whose paths end at 107 bytes, so short."""
+    return Path(tempfile.gettempdir()) / f"reflux-ray-{dashboard_port}"
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

@@ -45,7 +45,7 @@ class Stack:
     report: Report = lambda _: None
     _children: dict[str, _Supervised] = field(default_factory=dict)
     _embedded_ray: bool = False
-    _worker_metrics_port: int = 0
+    _worker_metrics_ports: list[int] = field(default_factory=list)
     _ready: bool = False
 
     @property
@@ -121,7 +121,7 @@ class Stack:
         self._spawn(self._service("gateway", "services.ingest.gateway", self._gateway_ready))
         for index in range(self.settings.workers):
             name = "worker" if index == 0 else f"worker-{index}"
-            self._spawn(self._worker(name, first=index == 0))
+            self._spawn(self._worker(name))
         for name in list(self._children):
             self._wait(name)
         self.report("deploying the answers on Ray Serve")
@@ -137,10 +137,9 @@ class Stack:
         if name in self._children:
             self._children[name].process.wait_ready()
 
-    def _worker(self, name: str, *, first: bool) -> Command:
+    def _worker(self, name: str) -> Command:
         port = processes.free_port()
-        if first:
-            self._worker_metrics_port = port
+        self._worker_metrics_ports.append(port)
         ready = lambda: processes.listens(port)  # noqa: E731
         env = {"REFLUX_WORKER_METRICS_PORT": str(port)}
         return self._service(name, "services.ingest.worker", ready, env)
@@ -175,7 +174,7 @@ class Stack:
             "supervisor": identify(os.getpid()),
             "processes": {name: identify(child.pid) for name, child in children.items()},
             "logs": {name: str(child.log) for name, child in children.items()},
-            "worker_metrics_port": self._worker_metrics_port,
+            "worker_metrics_ports": self._worker_metrics_ports,
             "embedded_ray": self._embedded_ray,
             "ready": self._ready,
         }
