@@ -119,6 +119,22 @@ def tiny_cpu() -> Recipe:
     )
 
 
+def smoke_cpu() -> Recipe:
+    """Seconds, not minutes: does the loop close? For tests; learns little."""
+    tiny = tiny_cpu()
+    teacher = dataclasses.replace(tiny.teacher, dim=32, n_layers=1, n_heads=2, max_len=64)
+    return dataclasses.replace(
+        tiny,
+        name="smoke_cpu",
+        teacher=teacher,
+        student=dataclasses.replace(tiny.student, dim=16, teacher_dim=teacher.dim),
+        train=dataclasses.replace(
+            tiny.train, num_workers=1, max_epochs=3, max_train_s=15, refresh_epochs=1
+        ),
+        distill=dataclasses.replace(tiny.distill, warm_up_s=8, warm_up_epochs=1),
+    )
+
+
 def one_gpu() -> Recipe:
     """One GPU, tens of millions of events."""
     tiny = tiny_cpu()
@@ -167,7 +183,7 @@ def many_gpus() -> Recipe:
 
 
 RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
-    recipe.__name__: recipe for recipe in (tiny_cpu, one_gpu, many_gpus)
+    recipe.__name__: recipe for recipe in (tiny_cpu, smoke_cpu, one_gpu, many_gpus)
 }
 
 
