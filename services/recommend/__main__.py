@@ -15,11 +15,19 @@ from services.recommend.deploy import deploy
 
 def main() -> int:
     try:
-        url = deploy(Settings.load())
+        settings = Settings.load()
+        deployed = deploy(settings)
     except RefluxError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    url = deployed.url
     sys.stdout.write(f"answers at {url}/v1/recommendations, described at {url}/docs\n")
+    if deployed.proxy != settings.proxy:
+        sys.stderr.write(
+            f"REFLUX_PROXY={settings.proxy}, but this Ray was started for the {deployed.proxy} "
+            "proxy; HAProxy, at a fraction of the CPU, needs RAY_SERVE_ENABLE_HA_PROXY=1 "
+            "and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 in the environment of `ray start`\n"
+        )
     return 0
 
 

@@ -4,12 +4,14 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import httpx
 import yaml
@@ -28,14 +30,22 @@ POLL_S: Final = 0.25
 log = logging.getLogger(__name__)
 
 
-def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> str:
-    """Deploy deploy/serve.yaml with these settings; return the URL once it answers there.
+@dataclass(frozen=True)
+class Deployed:
+    url: str
+    proxy: Literal["haproxy", "python"]  # what the cluster was started with, whatever was asked for
+
+
+def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> Deployed:
+    """Deploy deploy/serve.yaml with these settings; return once it answers.
 
     `UnavailableError` says why it doesn't: Ray is away, the replicas fail, the port is another.
     """
     deadline = time.monotonic() + timeout_s
     client = _connect(settings, deadline)
     before = _application(client)
+    if not before:  # counts of an earlier cluster's replicas
+        shutil.rmtree(_metrics_directory(settings), ignore_errors=True)
     client.deploy_applications(config(settings))
     _wait_running(client, deadline, since=before.get("last_deployed_time_s"))
     return _wait_answering(client, deadline)
@@ -51,7 +61,7 @@ def config(settings: Settings) -> dict[str, Any]:
     application["deployments"][0]["num_replicas"] = settings.replicas
     application["runtime_env"]["env_vars"] |= {
         **settings.environment(),
-        "PROMETHEUS_MULTIPROC_DIR": str(settings.home.absolute() / "answer-metrics"),
+        "PROMETHEUS_MULTIPROC_DIR": str(_metrics_directory(settings)),
     }
     return found
 
@@ -97,13 +107,13 @@ def proxy_environment(settings: Settings) -> dict[str, str]:
 
 def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":
     """A client of the Serve REST API, once it answers: a Ray head opens its port before that."""
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
     if not settings.ray_address:
         raise SettingsError(
             "REFLUX_RAY_ADDRESS is empty and no stack runs here; set it to Ray's dashboard URL, "
             "or start the embedded Ray with `reflux up`"
         )
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
     while True:
         try:
             client = ServeSubmissionClient(settings.ray_address)
@@ -139,7 +149,7 @@ def _wait_running(client: "ServeSubmissionClient", deadline: float, *, since: fl
         time.sleep(POLL_S)
 
 
-def _wait_answering(client: "ServeSubmissionClient", deadline: float) -> str:
+def _wait_answering(client: "ServeSubmissionClient", deadline: float) -> Deployed:
     """Until the proxy has taken up the replicas; it may listen where an earlier deployment said."""
     http = client.get_serve_details()["http_options"]
     host = "127.0.0.1" if http["host"] in ("0.0.0.0", "::") else http["host"]
@@ -148,13 +158,19 @@ def _wait_answering(client: "ServeSubmissionClient", deadline: float) -> str:
         try:
             answer = httpx.get(f"{url}/healthz", timeout=2.0)
             if answer.status_code == 200:
-                return url
+                # Serve's own health check is answered by the proxy itself.
+                proxy = httpx.get(f"{url}/-/healthz", timeout=2.0).headers.get("server")
+                return Deployed(url, "python" if proxy == "uvicorn" else "haproxy")
             why = f"answers {answer.status_code}"
         except httpx.TransportError as error:
             why = f"doesn't answer ({error})"
         if time.monotonic() > deadline:
             raise UnavailableError(f"the replicas run, but {url}/healthz {why}")
         time.sleep(POLL_S)
+
+
+def _metrics_directory(settings: Settings) -> Path:
+    return settings.home.absolute() / "answer-metrics"
 
 
 def _free_ports(count: int) -> list[int]:

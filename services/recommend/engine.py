@@ -3,6 +3,7 @@
 Shapes: L events of the history, V catalog rows (row 0 is no item).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -140,8 +141,9 @@ def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[st
 def _best(scores_V: NDArray[np.float32], n: int) -> tuple[list[int], list[float]]:
     """The n highest finite scores, best first."""
     top = torch.topk(torch.from_numpy(scores_V), min(n, len(scores_V)))
-    n_left = int(torch.isfinite(top.values).sum())
-    return top.indices[:n_left].tolist(), top.values[:n_left].tolist()
+    rows, scores = top.indices.tolist(), top.values.tolist()
+    n_left = sum(map(math.isfinite, scores))
+    return rows[:n_left], scores[:n_left]
 
 
 def _mask_of(model: Model, categories: Iterable[str]) -> NDArray[np.bool_]:

@@ -62,13 +62,14 @@ class ServingStudent:
 class _Norm:
     weight_D: Tensor
     bias_D: Tensor
+    eps: float
 
     @classmethod
     def of(cls, norm: torch.nn.LayerNorm) -> "_Norm":
-        return cls(norm.weight.clone(), norm.bias.clone())
+        return cls(norm.weight.clone(), norm.bias.clone(), norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight_D.shape, self.weight_D, self.bias_D)
+        return torch.layer_norm(x, self.weight_D.shape, self.weight_D, self.bias_D, self.eps)
 
 
 @dataclass(frozen=True, eq=False)

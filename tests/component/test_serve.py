@@ -1,0 +1,107 @@
+"""The answers deployed on a real Ray, by the command that `reflux up` runs."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from services.core.errors import UnavailableError
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.local import processes
+from services.recommend.deploy import deploy, proxy_environment
+from tests import students
+from tests.students import item
+
+
+@pytest.fixture
+def cluster(settings: Settings, tmp_path: Path) -> Iterator[Settings]:
+    """A Ray head with the proxy that the settings want, which is HAProxy."""
+    port = processes.free_port()
+    own = settings.model_copy(
+        update={
+            "ray_address": f"http://127.0.0.1:{port}",
+            "recommend_port": processes.free_port(),
+            "serving_poll_s": 0.1,
+            "replicas": 2,
+        }
+    )
+    environment = proxy_environment(own)
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    head = processes.ray_head(dashboard_port=port, cpus=6, env=environment)
+    ray = processes.Process(head, logs=tmp_path / "logs")
+    try:
+        ray.wait_ready()
+        yield own
+    finally:
+        ray.stop()
+
+
+def test_deployed_on_ray(cluster: Settings, tmp_path: Path) -> None:
+    registry = Registry(cluster.registry)
+    registry.promote("student", students.publish(registry, tmp_path), "first")
+    done = run_command(cluster)
+    assert done.returncode == 0, done.stderr
+    url = f"http://127.0.0.1:{cluster.recommend_port}"
+    assert url in done.stdout
+    assert not done.stderr  # where it says that the proxy is not the one that was asked for
+    assert httpx.get(f"{url}/docs").status_code == 200
+
+    # Versions come and go, and under that every answer is one.
+    wrong: list[Any] = []
+    versions: list[int] = []
+    stop = threading.Event()
+
+    def hammer() -> None:
+        with httpx.Client(base_url=url, timeout=10) as client:
+            while not stop.is_set():
+                response = client.post("/v1/recommendations", json={"recent_items": [item(1)]})
+                if response.status_code != 200:
+                    wrong.append(response.text)
+                    continue
+                answer = response.json()
+                versions.append(answer["model_version"])
+                if {shown["title"] for shown in answer["items"]} != {f"v{versions[-1]}"}:
+                    wrong.append(answer)
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    for _ in range(3):
+        version = students.publish(registry, tmp_path)
+        registry.promote("student", version, "newer")
+        time.sleep(1)
+    stop.set()
+    thread.join()
+    assert not wrong
+    assert set(versions[-10:]) == {4} and len(versions) > 100
+
+    # /metrics adds up both replicas.
+    metrics = httpx.get(f"{url}/metrics").text
+    (count,) = [m for m in metrics.splitlines() if m.startswith("reflux_answer_seconds_count")]
+    assert float(count.split()[1]) == len(versions)
+
+
+def test_no_ray_is_an_error_with_a_fix(settings: Settings) -> None:
+    done = run_command(settings)
+    assert done.returncode == 1
+    assert done.stderr.startswith("REFLUX_RAY_ADDRESS is empty")
+    nowhere = settings.model_copy(update={"ray_address": "http://127.0.0.1:9"})
+    with pytest.raises(UnavailableError, match="check that it runs"):
+        deploy(nowhere, timeout_s=0)
+
+
+def run_command(settings: Settings) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "services.recommend"],
+        env={**os.environ, **settings.environment()},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
