@@ -1,0 +1,169 @@
+"""The distillation job as a user submits it: a real Ray, a real broker, MovieLens-100K."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from ray.job_submission import JobSubmissionClient
+
+from ray_jobs import datasets
+from ray_jobs.recipes import tiny_cpu
+from services.core.catalog import Catalog
+from services.core.eventlog import Arrived, EventLog, events_table
+from services.core.events import EVENTS, Event, EventType, encode
+from services.core.kafka import ensure_topics, make_producer
+from services.core.models.teacher import Teacher
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.local import processes
+
+HISTORY, LIVE = 2_000, 600
+
+
+@pytest.fixture
+def ray_url(tmp_path: Path) -> Iterator[str]:
+    port = processes.free_port()
+    head = processes.ray_head(dashboard_port=port, cpus=8, env={"RAY_JOB_STOP_WAIT_TIME_S": "30"})
+    process = processes.Process(head, logs=tmp_path)
+    try:
+        process.wait_ready()
+        yield f"http://{processes.LOOPBACK}:{port}"
+    finally:
+        process.stop()
+
+
+def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
+    fresh_kafka: str, ray_url: str, tmp_path: Path
+) -> None:
+    settings = Settings(
+        home=tmp_path / "home",
+        kafka_bootstrap=fresh_kafka,
+        ray_address=ray_url,
+        publish_every_s=1,
+        checkpoint_every_s=2,
+    )
+    events = _events(settings)
+    _send(settings, events[:HISTORY], into_log=True)
+    registry = Registry(settings.registry)
+    _teach(registry, settings, events, tmp_path)
+
+    client = JobSubmissionClient(ray_url)
+    job = _submit(client, settings)
+    _until(lambda: bool(registry.versions("student")), client, job)
+    _send(settings, events[HISTORY : HISTORY + LIVE // 2])
+    _until(lambda: _learned(registry) > 0, client, job)
+    time.sleep(3)  # past a checkpoint
+    _kill_worker()
+    _send(settings, events[HISTORY + LIVE // 2 : HISTORY + LIVE])
+    _until(lambda: _learned(registry) == LIVE, client, job)
+
+    newest = registry.manifest("student", registry.latest("student") or 0)
+    serving = registry.manifest("student", registry.serving("student").version)
+    assert sum(newest["offsets"].values()) == HISTORY + LIVE
+    assert newest["teacher_version"] == 1
+    assert serving["gate"]["promoted"]
+    for ranker in ("student", "frozen_student", "teacher", "stale_teacher", "popularity"):
+        assert 0.0 <= newest["metrics"][f"stream.{ranker}.ndcg@10"] <= 1.0
+    assert newest["metrics"]["stream.events"] == LIVE
+
+    client.stop_job(job)
+    _until(lambda: client.get_job_status(job).is_terminal(), client, job, running=False)
+    job = _submit(client, settings)
+    _send(settings, events[HISTORY + LIVE : HISTORY + LIVE + 100])
+    _until(lambda: _learned(registry) == LIVE + 100, client, job)
+    client.stop_job(job)
+
+
+def _events(settings: Settings) -> list[Event]:
+    log = datasets.load("ml-100k", home=settings.home, data=os.environ.get("REFLUX_DATA", ""))
+    return [
+        Event(
+            event_id=f"e{i}",
+            user_id=row["user_id"],
+            item_id=row["item_id"],
+            type=EventType.RATING,
+            timestamp=row["timestamp_ms"],
+            value=row["value"],
+        )
+        for i, row in enumerate(log.events.slice(0, HISTORY + LIVE + 100).to_pylist())
+    ]
+
+
+def _send(settings: Settings, events: list[Event], *, into_log: bool = False) -> None:
+    """Produce, and, as the feature worker would, append to the offline log."""
+    ensure_topics(settings)
+    producer = make_producer(settings)
+    sent = [
+        producer.send(EVENTS, key=event.user_id.encode(), value=encode(event)) for event in events
+    ]
+    where = [future.get(timeout=30) for future in sent]
+    producer.close()
+    arrived: dict[int, list[Arrived[Event]]] = {}
+    for event, at in zip(events, where, strict=True):
+        record = Arrived(
+            record=event, arrival_ms=at.timestamp, partition=at.partition, offset=at.offset
+        )
+        arrived.setdefault(at.partition, []).append(record)
+    if into_log:
+        for part in arrived.values():
+            EventLog(settings.offline).append(events_table(part))
+
+
+def _teach(registry: Registry, settings: Settings, events: list[Event], scratch: Path) -> None:
+    """A teacher that has learned nothing: what matters here is that it is asked."""
+    catalog = Catalog()
+    catalog.add(event.item_id for event in events[: HISTORY // 2])
+    directory = scratch / "teacher"
+    teacher = Teacher(tiny_cpu().teacher, n_rows=len(catalog))
+    teacher.save(directory)
+    pq.write_table(catalog.to_table(), directory / "catalog.parquet")
+    offsets = {str(partition): at for partition, at in EventLog(settings.offline).end().items()}
+    version = registry.publish("teacher", directory, {"offsets": offsets})
+    registry.promote("teacher", version, "the only one")
+
+
+def _submit(client: JobSubmissionClient, settings: Settings) -> str:
+    env = {**settings.environment(), "OMP_NUM_THREADS": "1"}
+    return str(
+        client.submit_job(
+            entrypoint=f"{sys.executable} -m ray_jobs.distill_student --recipe tiny_cpu",
+            runtime_env={"env_vars": env},
+        )
+    )
+
+
+def _learned(registry: Registry) -> int:
+    newest = registry.latest("student")
+    return 0 if newest is None else int(registry.manifest("student", newest)["events_learned"])
+
+
+def _kill_worker() -> None:
+    """kill -9 the training worker of this test's own Ray."""
+    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if process.pid in ours and title.startswith("ray::RayTrainWorker"):
+            process.send_signal(signal.SIGKILL)
+            return
+    raise AssertionError("no training worker runs")
+
+
+def _until(
+    done: Callable[[], bool],
+    client: JobSubmissionClient,
+    job: str,
+    *,
+    running: bool = True,
+    timeout_s: float = 150,
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        ended = running and client.get_job_status(job).is_terminal()
+        assert not ended and time.monotonic() < deadline, client.get_job_logs(job)[-4000:]
+        time.sleep(0.2)
