@@ -50,13 +50,13 @@ def label(
     for part in parts(len(batch)):
         scores_MV = teacher.scores(hidden_NT[part], table_VD=table_VD)
         logits_MK, rows_MK = scores_MV.topk(k, dim=1)
-        rows_NK[part], logits_NK[part] = rows_MK.int().numpy(), logits_MK.half().numpy()
+        rows_NK[part], logits_NK[part] = rows_MK.int().cpu().numpy(), logits_MK.half().cpu().numpy()
         if part.start < n_ranked and popularity is not None:
             ranks[part] = rank(scores_MV, batch, part, popularity=popularity, known_rows=known_rows)
     return Labels(
         rows_NK=rows_NK,
         logits_NK=logits_NK,
-        hidden_NT=hidden_NT.half().numpy(),
+        hidden_NT=hidden_NT.half().cpu().numpy(),
         ranks=ranks[:n_ranked],
     )
 

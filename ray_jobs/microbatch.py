@@ -67,6 +67,12 @@ class Lines:
     segments_BL: Tensor
     at_N: Tensor
 
+    def to(self, device: torch.device) -> "Lines":
+        """On that device; itself where it is there already."""
+        if self.at_N.device == device:
+            return self
+        return Lines(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:

@@ -22,7 +22,7 @@ SCORED_AT_ONCE = 512  # targets whose scores over the whole catalog are in memor
 
 def encode(model: Recommender, batch: MicroBatch, *, table_VD: Tensor) -> Tensor:
     """hidden_ND: the state that predicts each target; of a `COLD` one it means nothing."""
-    lines = batch.lines
+    lines = batch.lines.to(table_VD.device)
     hidden_BLD = model(
         lines.rows_BL, lines.types_BL, lines.gaps_BL, lines.segments_BL, table_VD=table_VD
     )
@@ -71,7 +71,7 @@ def rank(
     known_rows: int,
 ) -> Ranks:
     """Ranks (M,) of the targets in `part` by their scores; see `predict`."""
-    scores_MV = scores_MV[:, :known_rows]
+    scores_MV = scores_MV[:, :known_rows].cpu()
     n_rows = scores_MV.shape[1]
     cold_M = torch.from_numpy(batch.at_N[part] == COLD)
     scores_MV[cold_M] = torch.from_numpy(popularity[:n_rows]).to(scores_MV.dtype)

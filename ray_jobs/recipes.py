@@ -45,11 +45,11 @@ class DistillConfig:
     """How the student learns, for ever. A weight of 0 switches its term off."""
 
     num_workers: int = 1
-    use_gpu: bool = False
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     niceness: int = 0  # > 0 where answers are served from the same cores
     label_cpus: float = 1.0  # of each teacher that labels
+    label_gpus: float = 0.0  # the same; above 0 it labels on the GPU
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -68,6 +68,7 @@ class DistillConfig:
     warm_up_epochs: float = 4.0  # whichever ends first
     warm_up_events: int = 1_000_000  # the latest of the log
     warm_up_users: int = 24  # windows per step
+    warm_up_label_every: int = 4  # steps; a teacher takes that much longer than the student
     warm_up_learning_rate: float = 4e-3
     poll_s: float = 0.5
     max_events: int = 2_000  # of one micro-batch

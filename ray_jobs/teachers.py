@@ -35,19 +35,31 @@ READY_TIMEOUT_S = 120.0
 
 
 class Labeller:
-    """One teacher version, aligned to the job's catalog. Runs in a process of its own."""
+    """One teacher version, aligned to the job's catalog. Runs in a process of its own.
 
-    def __init__(self, registry_uri: str, version: int, *, threads: int) -> None:
+    `width`: what the student's projection takes for the teacher's hidden state.
+    """
+
+    def __init__(
+        self, registry_uri: str, version: int, *, width: int, threads: int, device: str
+    ) -> None:
         torch.set_num_threads(threads)
+        self._device = device
         with tempfile.TemporaryDirectory() as scratch:
             directory = Registry(registry_uri).fetch("teacher", version, Path(scratch))
             self._teacher = Teacher.load(directory)
             self._own = Catalog.from_table(pq.read_table(directory / "catalog.parquet"))
         self._aligned = self._teacher
+        if self._teacher.config.dim != width:
+            raise ValueError(
+                f"teacher {version} is {self._teacher.config.dim} wide, the student learns from "
+                f"one of {width}; train the teacher and the student with the same recipe"
+            )
 
     def align(self, item_ids: Sequence[str], content: NDArray[np.int32]) -> None:
         """Take over the job's catalog; calls of one caller are served in order."""
-        self._aligned = aligned(self._teacher, self._own, item_ids=item_ids, content=content)
+        moved = aligned(self._teacher, self._own, item_ids=item_ids, content=content)
+        self._aligned = moved.to(self._device)
 
     def label(self, batch: MicroBatch, **how: Any) -> Labels:
         return label(self._aligned, batch, **how)
@@ -67,10 +79,16 @@ class Teachers:
     are None until there is a teacher."""
 
     def __init__(
-        self, registry_uri: str, *, config: DistillConfig, first: int | None = None
+        self,
+        registry_uri: str,
+        *,
+        config: DistillConfig,
+        width: int,
+        first: int | None = None,
     ) -> None:
         self._registry = Registry(registry_uri)
         self._config = config
+        self._width = width
         self._running: dict[int, _Running] = {}
         self._failed: set[int] = set()
         self._catalog: tuple[list[str], NDArray[np.int32]] = ([], np.zeros((1, 0), np.int32))
@@ -156,8 +174,18 @@ class Teachers:
         # Without the strategy it would have to fit into the training worker's own bundle.
         actor = (
             ray.remote(Labeller)
-            .options(num_cpus=self._config.label_cpus, scheduling_strategy="DEFAULT")
-            .remote(self._registry.uri, version, threads=self._config.threads_per_worker)
+            .options(
+                num_cpus=self._config.label_cpus,
+                num_gpus=self._config.label_gpus,
+                scheduling_strategy="DEFAULT",
+            )
+            .remote(
+                self._registry.uri,
+                version,
+                width=self._width,
+                threads=self._config.threads_per_worker,
+                device="cuda" if self._config.label_gpus else "cpu",
+            )
         )
         self._running[version] = _Running(actor, actor.align.remote(*self._catalog))
 

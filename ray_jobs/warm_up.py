@@ -27,7 +27,7 @@ from services.core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LABELS_AHEAD = 2  # steps whose labels are under way, so that teacher and student both work
+LABELS_AHEAD = 2  # batches that the teacher has been asked about and the student not reached
 RISE_STEPS = 50  # over which the learning rate comes up
 LOG_EVERY_S = 5.0
 
@@ -80,9 +80,11 @@ def warm_up(state: State, teachers: Teachers, config: DistillConfig, peers: Peer
     under_way: deque[tuple[MicroBatch, Asked]] = deque()
     step = 0
     for step in range(n_steps):
-        while len(under_way) <= LABELS_AHEAD:
+        # Asked so far in advance that teacher and student work at the same time.
+        while len(under_way) <= LABELS_AHEAD * config.warm_up_label_every:
             batch = MicroBatch.of(next(batches, []), context=config.context_events)
-            under_way.append((batch, teachers.ask_labels(batch)))
+            labelled = (step + len(under_way)) % config.warm_up_label_every == 0
+            under_way.append((batch, teachers.ask_labels(batch) if labelled else Asked()))
         elapsed_s = time.monotonic() - begin_s
         # Worker 0's clock counts, so that all take the same number of steps.
         progress = peers.gather(max(step / n_steps, elapsed_s / config.warm_up_s))[0]

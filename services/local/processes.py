@@ -185,8 +185,14 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
             *("--object-store-memory", str(512 * 2**20), "--disable-usage-stats"),
         ],
         ready=lambda: listens(dashboard_port),
-        # On a busy machine Ray's own 30 s for its parts to come up is too short.
-        env={"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "120", **env},
+        # On a busy machine Ray's own 30 s for its parts to come up is too short, and so are 3 s
+        # for a stopped job to keep its checkpoint.
+        env={
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_JOB_STOP_WAIT_TIME_S": "20",
+            **env,
+        },
         ready_timeout_s=120.0,
         scratch=temp,
     )

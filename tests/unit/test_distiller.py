@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import checkpoint, replay
 from ray_jobs.checkpoint import Counters, State
-from ray_jobs.distill_student import Distiller
+from ray_jobs.distiller import Distiller
 from ray_jobs.histories import Histories
 from ray_jobs.labels import aligned, label
 from ray_jobs.learner import adam, loss_terms, trust_in
 from ray_jobs.microbatch import MicroBatch, absorb, group
-from ray_jobs.peers import Peers
+from ray_jobs.peers import ALONE, Peers
 from ray_jobs.ranking import predict
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received
@@ -41,33 +43,36 @@ class AbortError(Exception):
 class Log:
     """A stream in memory, in micro-batches of `BATCH`; breaks down before `abort_at`."""
 
-    def __init__(self, n: int, *, at: int = 0, abort_at: int | None = None, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(
+        self, n: int, *, at: int = 0, abort_at: int | None = None, partition: int = 0
+    ) -> None:
+        rng = np.random.default_rng(partition)
         self.users = rng.integers(0, 12, n)
         self.items = rng.integers(0, 30, n)
-        self.positions = {0: at}
+        self.partition = partition
+        self.positions = {partition: at}
         self.abort_at = abort_at
 
     def received(self, first: int, last: int) -> Received:
         at = np.arange(first, last)
         return Received(
-            user_ids=[f"u{user}" for user in self.users[at]],
+            user_ids=[f"u{self.partition}-{user}" for user in self.users[at]],
             item_ids=[f"i{item}" for item in self.items[at]],
             types=["view"] * len(at),
             values=np.full(len(at), np.nan),
             times_ms=at * 1000,
             arrivals_ms=at * 1000,
-            partitions=[0] * len(at),
+            partitions=[self.partition] * len(at),
             keys=at,
             impressions=[],
         )
 
     def poll(self, *, max_events: int, timeout_s: float) -> Received:
-        first = self.positions[0]
+        first = self.positions[self.partition]
         last = min(first + max_events, len(self.users))
         if self.abort_at is not None and last > self.abort_at:
             raise AbortError
-        self.positions = {0: last}
+        self.positions = {self.partition: last}
         return self.received(first, last)
 
     def lag_events(self) -> int:
@@ -94,19 +99,25 @@ def new_state(config: DistillConfig = CONFIG) -> State:
 
 
 def distiller(
-    state: State, log: Log, home: Path, *, keep: Callable[[], None], config: DistillConfig = CONFIG
+    state: State,
+    log: Log,
+    home: Path,
+    *,
+    keep: Callable[[], None],
+    config: DistillConfig = CONFIG,
+    peers: Peers = ALONE,
 ) -> Distiller:
     settings = Settings(home=home, publish_every_s=5, checkpoint_every_s=3)
     clock = iter(range(10**9))
     return Distiller(
         state,
         log,
-        Teachers(settings.registry, config=config),
+        Teachers(settings.registry, config=config, width=STUDENT.teacher_dim),
         settings=settings,
         config=config,
-        peers=Peers(),
+        peers=peers,
         keep=keep,
-        now_s=lambda: next(clock) / 4,  # asked four times a tick
+        now_s=lambda: float(next(clock)),  # asked once a tick
     )
 
 
@@ -263,3 +274,27 @@ def test_the_replay_window_is_learned_like_news() -> None:
     news = replay.draw(histories, np.random.default_rng(0), users=3, window=8)
     batch = MicroBatch.of(news, context=8)
     assert len(batch) == sum(int(user.new.sum()) for user in news)
+
+
+def one_of_two_workers(rank: int, home: Path) -> None:
+    """A worker process: other users than its peer's, the same student in the end."""
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    state = new_state()
+    run = distiller(state, Log(200, partition=rank), home, keep=lambda: None, peers=Peers(rank, 2))
+    for _ in range(11):
+        run.tick()
+    checkpoint.save(state, home / "kept", rank=rank)
+    state.student.save(home / f"student-{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_workers_keep_one_student_and_one_may_take_over(tmp_path: Path) -> None:
+    spawn(one_of_two_workers, args=(tmp_path,), nprocs=2)
+    first, second = (Student.load(tmp_path / f"student-{rank}").state_dict() for rank in (0, 1))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    alone = checkpoint.load(tmp_path / "kept", config=CONFIG)
+    assert alone.ledger == {0: [[0, 200]], 1: [[0, 200]]}
+    assert alone.positions == {0: 200, 1: 200}
+    assert {user[:3] for user in alone.histories.users()} == {"u0-", "u1-"}
+    assert len(alone.catalog) == 31

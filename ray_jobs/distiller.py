@@ -1,0 +1,277 @@
+"""The distillation loop: predict each micro-batch of the stream, then learn it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_jobs import replay
+from ray_jobs.checkpoint import State
+from ray_jobs.learner import learn, trust_in
+from ray_jobs.microbatch import MicroBatch, absorb, group
+from ray_jobs.peers import Peers
+from ray_jobs.publish import Publisher
+from ray_jobs.ranking import predict, predict_popular
+from ray_jobs.recipes import DistillConfig
+from ray_jobs.stream import Received, answer_lists
+from ray_jobs.teachers import Asked, Teachers
+from services.core.eventlog import EventLog
+from services.core.events import ITEMS
+from services.core.metrics import Ranks, ndcg_at
+from services.core.settings import Settings
+
+ITEMS_EVERY_S = 5.0  # between two looks at the items log
+EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
+EMA_EVENTS = 5_000  # half-life of the quality that trust goes by
+
+
+class Source(Protocol):
+    """Where events come from; tests bring one that aborts."""
+
+    positions: dict[int, int]
+
+    def poll(self, *, max_events: int, timeout_s: float) -> Received: ...
+    def lag_events(self) -> int: ...
+    def check_epoch(self) -> None: ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Pending:
+    """A micro-batch that has been read and is not yet learned."""
+
+    batch: MicroBatch  # the new events, then the replayed ones
+    n_new: int
+    asked: Asked
+    ranks: dict[str, Ranks]  # of the new events, by who predicted them
+    arrivals_ms: NDArray[np.int64]
+    positions: dict[int, int]  # after it
+
+
+class Distiller:
+    """Predict, then learn, for ever: one `tick` is one micro-batch.
+
+    A tick learns the batch before, and only then predicts its own, whose labels the teachers work
+    out meanwhile: every prediction knows all that came before it, and nobody waits for long.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        source: Source,
+        teachers: Teachers,
+        *,
+        settings: Settings,
+        config: DistillConfig,
+        peers: Peers,
+        keep: Callable[[], None],
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state = state
+        self._source = source
+        self._teachers = teachers
+        self.settings = settings
+        self._config = config
+        self._peers = peers
+        self._keep = keep
+        self._now_s = now_s
+        self._clock_s = now_s()
+        self._items = EventLog(settings.offline, ITEMS)
+        self._pending: Pending | None = None
+        self._probe = MicroBatch.of([], context=config.context_events)
+        self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "epoch"), self._clock_s)
+        self.publisher = Publisher(
+            settings.registry, state, config=config, keep=settings.keep_versions, peers=peers
+        )
+
+    def begin(self) -> None:
+        """Publish the first version at once; the student frozen as it is now is the yardstick."""
+        self._look_after_teachers()
+        if self.state.frozen is None and len(self.state.catalog) > 1:
+            self._publish()
+            self.checkpoint()
+
+    def tick(self) -> None:
+        """Read a micro-batch, learn the one before, predict this one; publish and keep when due."""
+        self._clock_s = self._peers.gather(self._now_s())[0]  # worker 0's, for all
+        received = self._source.poll(
+            max_events=self._config.max_events, timeout_s=self._config.poll_s
+        )
+        known_rows = len(self.state.catalog)
+        heard = self._meet_items(received)
+        pending = self._read(received, known_rows=known_rows)
+        self._learn()
+        self._pending = pending
+        self._predict(pending, known_rows=known_rows)
+        self.state.catalog.observe(heard)
+        self._look_after_teachers()
+        if self._is_due("epoch", EPOCH_EVERY_S):
+            self._source.check_epoch()
+        if self._is_due("publish", self.settings.publish_every_s):
+            self._publish_news()
+        if self._is_due("checkpoint", self.settings.checkpoint_every_s):
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Everything up to here, learned and kept."""
+        self._learn()
+        self._keep()
+
+    def _publish_news(self) -> None:
+        self._learn()
+        moved = self.state.positions != self.publisher.positions
+        if any(self._peers.gather(moved)) and len(self.state.catalog) > 1:
+            self._publish()
+
+    def _meet_items(self, received: Received) -> NDArray[np.int64]:
+        """Give new items their rows, in the same order at every worker; return all rows heard."""
+        state, described = self.state, None
+        if self._is_due("items", ITEMS_EVERY_S) and self._peers.rank == 0:
+            since = {int(p): at for p, at in state.counters.items_until.items()}
+            until = self._items.end()
+            if until != since:
+                described = self._items.read(since=since, until=until)
+                state.counters.items_until = {str(p): at for p, at in until.items()}
+        known_rows = len(state.catalog)
+        described = self._peers.gather(described)[0]
+        if described is not None:
+            state.catalog.describe(described)
+        told = self._peers.gather(received.item_ids)
+        heard = [state.catalog.add(item_ids) for item_ids in told]
+        if len(state.catalog) > known_rows or described is not None:
+            state.student.grow(state.catalog.content, optimizer=state.optimizer)
+            for model in (state.frozen, state.serving):
+                if model is not None:
+                    model.grow(state.catalog.content)
+            self._teachers.align(state.catalog)
+        return np.concatenate(heard)
+
+    def _read(self, received: Received, *, known_rows: int) -> Pending:
+        """Group by user, remember, add what is replayed, and ask the teachers about all of it."""
+        state, config = self.state, self._config
+        arrivals = received.arrivals(state.catalog)
+        answered, hits = answer_lists(
+            received, arrivals.events["row"], state.histories, state.catalog
+        )
+        state.counters.lists_answered += answered
+        state.counters.lists_hit += hits
+        news = group(arrivals, state.histories)
+        absorb(news, state.histories)
+        n_new = sum(int(user.new.sum()) for user in news)
+        old = (
+            replay.draw(
+                state.histories,
+                state.rng,
+                users=config.replay_users,
+                window=config.context_events,
+                leave_out={user.user_id for user in news},
+            )
+            if n_new and config.replay_weight
+            else []
+        )
+        batch = MicroBatch.of([*news, *old], context=config.context_events)
+        asked = Asked()
+        if n_new:
+            self._probe = MicroBatch.of(news, context=config.context_events)
+            asked = self._teachers.ask(
+                batch,
+                stale=self._source.lag_events() < config.max_events,
+                n_ranked=n_new,
+                popularity=state.catalog.popularity,
+                known_rows=known_rows,
+            )
+        return Pending(
+            batch=batch,
+            n_new=n_new,
+            asked=asked,
+            ranks={},
+            arrivals_ms=received.arrivals_ms,
+            positions=dict(self._source.positions),
+        )
+
+    def _predict(self, pending: Pending, *, known_rows: int) -> None:
+        if not pending.n_new:
+            return
+        state, batch = self.state, self._probe
+        trending = state.catalog.popularity
+        models = {"student": state.student, "frozen_student": state.frozen, "": state.serving}
+        ranks = {
+            name: predict(model, batch, popularity=trending, known_rows=known_rows)
+            for name, model in models.items()
+            if model is not None
+        }
+        self.publisher.scored(ranks["student"], ranks.pop("", None))
+        ranks["popularity"] = predict_popular(batch, popularity=trending, known_rows=known_rows)
+        pending.ranks = ranks
+
+    def _learn(self) -> None:
+        """Learn the micro-batch that waits; from then on its positions are behind us."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        state, config = self.state, self._config
+        if pending.n_new or self._peers.world > 1:
+            labels, stale = self._teachers.answer(pending.asked)
+            if pending.n_new:
+                self._account(pending, None if labels is None else labels.ranks, stale)
+            weights_N = torch.full((len(pending.batch),), config.replay_weight)
+            weights_N[: pending.n_new] = 1.0
+            learn(
+                state.student,
+                state.optimizer,
+                pending.batch,
+                labels,
+                config=config,
+                weights_N=weights_N,
+                trust=self._trust(),
+                peers=self._peers,
+            )
+            state.counters.steps += 1
+            state.counters.events_learned += pending.n_new
+            self.publisher.learned(pending.arrivals_ms)
+        state.learned(pending.positions)
+
+    def _account(self, pending: Pending, teacher: Ranks | None, stale: Ranks | None) -> None:
+        ranks, counters = dict(pending.ranks), self.state.counters
+        keep = 0.5 ** (pending.n_new / EMA_EVENTS)
+        if teacher is not None:
+            ranks["teacher"] = teacher
+            if not counters.teacher_ndcg:  # a teacher's first batch: no past to average with
+                keep = 0.0
+            new = ndcg_at(teacher, 10)
+            counters.teacher_ndcg = keep * counters.teacher_ndcg + (1 - keep) * new
+            new = ndcg_at(ranks["student"], 10)
+            counters.student_ndcg = keep * counters.student_ndcg + (1 - keep) * new
+        if stale is not None:
+            ranks["stale_teacher"] = stale
+        self.state.quality.add(ranks)
+
+    def _trust(self) -> float:
+        counters, offsets = self.state.counters, self._teachers.offsets
+        age = sum(max(0, at - offsets.get(p, at)) for p, at in self.state.positions.items())
+        return trust_in(
+            age_events=age,
+            half_life_events=self._config.teacher_half_life_events,
+            teacher_ndcg=counters.teacher_ndcg,
+            student_ndcg=counters.student_ndcg,
+        )
+
+    def _look_after_teachers(self) -> None:
+        self._teachers.look()
+        counters = self.state.counters
+        if counters.teacher != self._teachers.version:
+            counters.teacher, counters.first_teacher = self._teachers.version, self._teachers.first
+            counters.teacher_ndcg = counters.student_ndcg = 0.0
+
+    def _publish(self) -> None:
+        self.publisher.publish(self._probe)
+
+    def _is_due(self, what: str, every_s: float) -> bool:
+        """Whether it is time again, by the clock as this tick began."""
+        if self._clock_s - self._due_s[what] < every_s:
+            return False
+        self._due_s[what] = self._clock_s
+        return True

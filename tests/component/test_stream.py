@@ -1,0 +1,88 @@
+"""Reading Kafka by positions that only the checkpoint moves, across a broker that lost its log."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.stream import EventStream, Received
+from services.core.eventlog import EPOCH_SPAN, Arrived, EventLog, events_table
+from services.core.events import EVENTS, Event, EventType, encode
+from services.core.kafka import ensure_topics, make_producer
+from services.core.settings import Settings
+
+
+def send(settings: Settings, ids: Sequence[str]) -> list[Arrived[Event]]:
+    ensure_topics(settings)
+    events = [
+        Event(event_id=i, user_id=f"u{i}", item_id="i", type=EventType.VIEW, timestamp=1_000)
+        for i in ids
+    ]
+    with closing(make_producer(settings)) as producer:
+        sent = [producer.send(EVENTS, key=e.user_id.encode(), value=encode(e)) for e in events]
+        producer.send(EVENTS, key=b"u", value=b"no event").get(timeout=30)
+        where = [future.get(timeout=30) for future in sent]
+    return [
+        Arrived(record=e, arrival_ms=w.timestamp, partition=w.partition, offset=w.offset)
+        for e, w in zip(events, where, strict=True)
+    ]
+
+
+def drain(stream: EventStream, n: int) -> list[str]:
+    """User ids, until there are `n` of them."""
+    users: list[str] = []
+    for _ in range(100):
+        received: Received = stream.poll(max_events=7, timeout_s=0.2)
+        users += received.user_ids
+        if len(users) >= n:
+            break
+    return sorted(users)
+
+
+def settings_of(bootstrap: str, home: Path) -> Settings:
+    return Settings(home=home, kafka_bootstrap=bootstrap, partitions=2)
+
+
+def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
+    fresh_kafka: str, tmp_path: Path
+) -> None:
+    settings = settings_of(fresh_kafka, tmp_path / "home")
+    send(settings, ["a", "b", "c"])
+    with closing(EventStream(settings, {0: 0, 1: 0})) as stream:
+        assert drain(stream, 3) == ["ua", "ub", "uc"]
+        stream.poll(max_events=10, timeout_s=0.5)
+        positions = dict(stream.positions)
+    assert sum(positions.values()) == 4  # the poison's place is behind us too
+    send(settings, ["d"])
+    with closing(EventStream(settings, positions)) as stream:
+        assert drain(stream, 1) == ["ud"]
+    with closing(EventStream(settings, {0: 0, 1: 0}, rank=1, world=2)) as share:
+        assert set(share.positions) == {1}
+
+
+def test_a_topic_created_anew_is_noticed_and_read_from_its_start(
+    kafka_bootstrap: str, fresh_kafka: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "home"
+    before = settings_of(fresh_kafka, home)
+    arrived = send(before, ["a", "b", "c"])
+    positions = {0: 0, 1: 0}
+    with closing(EventStream(before, positions)) as stream:
+        assert stream.positions == positions
+    log = EventLog(before.offline)
+    for partition in (0, 1):
+        part = [a for a in arrived if a.partition == partition]
+        if part:
+            log.append(events_table(part))
+
+    # Another broker, with the same offline log: as if the first had restarted without its data.
+    after = before.model_copy(update={"kafka_bootstrap": kafka_bootstrap})
+    ensure_topics(after)
+    with closing(EventStream(after, positions)) as stream:
+        assert "created anew" in caplog.text
+        # First what only the offline log still has.
+        assert drain(stream, 3) == ["ua", "ub", "uc"]
+        assert all(at >= EPOCH_SPAN for at in stream.positions.values())
+        send(after, ["reset-d"])
+        assert "ureset-d" in drain(stream, 10**6)
