@@ -34,7 +34,7 @@ class TrainConfig:
     warm_up: float = 0.05  # share of the run over which the learning rate rises
     weight_decay: float = 0.01
     sampled_negatives: int = 0  # 0: full softmax
-    last_slice: float = 0.05  # newest share of the log, judged before it is learned
+    last_slice: float = 0.02  # newest share of the log, judged before it is learned
     max_worse: float = 0.05  # a refresh this much worse there than its parent isn't promoted
     checkpoint_every_s: float = 30.0
     max_failures: int = 3  # killed workers survived
