@@ -110,9 +110,12 @@ def train_loop(given: dict[str, Any]) -> None:
     peers = Peers(context.get_world_rank(), context.get_world_size())
     os.nice(recipe.distill.niceness)
     torch.set_num_threads(recipe.distill.threads_per_worker)
-    torch.manual_seed(settings.seed + peers.rank)
+    torch.manual_seed(settings.seed)  # one student for all
     ensure_topics(settings)
-    state = resume(recipe, peers) or first_state(settings, recipe, peers)
+    state = resume(recipe, peers)
+    if state is None:
+        state = first_state(settings, recipe, peers)
+        torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each
     teachers = Teachers(
         settings.registry,
         config=recipe.distill,

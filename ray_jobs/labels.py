@@ -61,6 +61,21 @@ def label(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Items:
+    """What a teacher makes of every row: its item table and its bias."""
+
+    table_VT: NDArray[np.float32]
+    bias_V: NDArray[np.float32]
+
+
+@torch.no_grad()
+def items_of(teacher: Teacher) -> Items:
+    return Items(
+        table_VT=teacher.encoder.item_table().cpu().numpy(), bias_V=teacher.bias_V.cpu().numpy()
+    )
+
+
 def aligned(
     teacher: Teacher, own: Catalog, *, item_ids: Sequence[str], content: Content
 ) -> Teacher:

@@ -12,13 +12,15 @@ Shapes: N targets, D student width, T teacher width, K candidates, V catalog row
 import torch
 from torch import Tensor
 
-from ray_jobs.labels import Labels
+from ray_jobs.labels import Items, Labels
 from ray_jobs.microbatch import COLD, MicroBatch
 from ray_jobs.peers import ALONE, Peers
 from ray_jobs.ranking import encode
 from ray_jobs.recipes import DistillConfig
 from services.core import losses
 from services.core.models.student import Student
+
+CONTENT_SHARE = 0.1  # of its usual spread, where items start from a teacher's
 
 
 def adam(student: Student, config: DistillConfig) -> torch.optim.AdamW:
@@ -28,6 +30,24 @@ def adam(student: Student, config: DistillConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         betas=(0.9, 0.98),
     )
+
+
+@torch.no_grad()
+def start_from(student: Student, items: Items) -> None:
+    """Give a new student the teacher's view of the items: the leading principal components of its
+    item table, scaled as ours, and its bias.
+
+    Measured on ML-1M (1,138 steps of 400 targets, hard labels only, then 20k events of the stream):
+    NDCG@10 .133 frozen and .138 learning on, against .119 and .122 from random embeddings.
+    """
+    table_VT = torch.from_numpy(items.table_VT)[1:]
+    u_VK, spread_K, _ = torch.linalg.svd(table_VT - table_VT.mean(0), full_matrices=False)
+    dim = min(student.config.dim, u_VK.shape[1])
+    table_VD = u_VK[:, :dim] * spread_K[:dim]
+    embedding = student.encoder.item_id.weight
+    embedding[1:, :dim] = table_VD * (student.config.dim**-0.5 / table_VD.std().clamp_min(1e-9))
+    student.encoder.content.weight.mul_(CONTENT_SHARE)  # the table has it already
+    student.bias_V.copy_(torch.from_numpy(items.bias_V))
 
 
 def loss_terms(

@@ -67,9 +67,9 @@ class DistillConfig:
     warm_up_s: float = 40.0  # on the log, before the first version
     warm_up_epochs: float = 4.0  # whichever ends first
     warm_up_events: int = 1_000_000  # the latest of the log
-    warm_up_users: int = 24  # windows per step
+    warm_up_users: int = 8  # windows per step
     warm_up_label_every: int = 4  # steps; a teacher takes that much longer than the student
-    warm_up_learning_rate: float = 4e-3
+    warm_up_learning_rate: float = 1e-2
     poll_s: float = 0.5
     max_events: int = 2_000  # of one micro-batch
     bar: Bar = field(default_factory=Bar)

@@ -19,7 +19,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from ray_jobs.labels import Labels, aligned, label
+from ray_jobs.labels import Items, Labels, aligned, items_of, label
 from ray_jobs.microbatch import MicroBatch
 from ray_jobs.recipes import DistillConfig
 from services.core.catalog import Catalog
@@ -60,6 +60,9 @@ class Labeller:
         """Take over the job's catalog; calls of one caller are served in order."""
         moved = aligned(self._teacher, self._own, item_ids=item_ids, content=content)
         self._aligned = moved.to(self._device)
+
+    def items(self) -> Items:
+        return items_of(self._aligned)
 
     def label(self, batch: MicroBatch, **how: Any) -> Labels:
         return label(self._aligned, batch, **how)
@@ -136,6 +139,14 @@ class Teachers:
         if gone is not None and gone != self.first:
             self._running.pop(gone, None)  # the actor ends with its last reference
         logger.info("teacher %d labels from now on", self.version)
+
+    def items(self) -> Items | None:
+        """The current teacher's view of the items; None where there is no teacher."""
+        actor = self._able(self.version)
+        if actor is None:
+            return None
+        items: Items = ray.get(actor.items.remote())
+        return items
 
     def ask_labels(self, batch: MicroBatch) -> Asked:
         """Ask for labels alone, of what need not be scored."""

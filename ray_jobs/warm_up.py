@@ -11,7 +11,7 @@ import torch
 from ray_jobs import replay
 from ray_jobs.checkpoint import Counters, State
 from ray_jobs.histories import Histories
-from ray_jobs.learner import adam, learn
+from ray_jobs.learner import adam, learn, start_from
 from ray_jobs.microbatch import MicroBatch, UserNews, absorb, group
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import DistillConfig, Recipe
@@ -74,6 +74,9 @@ def warm_up(state: State, teachers: Teachers, config: DistillConfig, peers: Peer
     The learning rate rises, then falls to the stream's over whichever of the two ends first.
     """
     begin_s = logged_s = time.monotonic()
+    items = peers.gather(teachers.items())[0]
+    if items is not None and len(state.catalog) > 1:
+        start_from(state.student, items)
     per_epoch = max(peers.gather(sum(1 for _ in _epoch(state, config))))
     n_steps = round(per_epoch * config.warm_up_epochs)
     batches = _endless(state, config)

@@ -14,8 +14,8 @@ from ray_jobs import checkpoint, replay
 from ray_jobs.checkpoint import Counters, State
 from ray_jobs.distiller import Distiller
 from ray_jobs.histories import Histories
-from ray_jobs.labels import aligned, label
-from ray_jobs.learner import adam, loss_terms, trust_in
+from ray_jobs.labels import aligned, items_of, label
+from ray_jobs.learner import adam, loss_terms, start_from, trust_in
 from ray_jobs.microbatch import MicroBatch, absorb, group
 from ray_jobs.peers import ALONE, Peers
 from ray_jobs.ranking import predict
@@ -244,6 +244,19 @@ def test_a_teacher_moves_to_the_jobs_rows_with_what_it_knows() -> None:
     old, new = teacher.encoder.item_id.weight, moved.encoder.item_id.weight
     assert torch.equal(new[[1, 3]], old[[3, 1]])
     assert not new[2].any()
+
+
+def test_a_new_student_sees_items_as_the_teacher_does() -> None:
+    student, _, teacher = labelled_batch()
+    start_from(student, items_of(teacher))
+
+    def alike(model: Student | Teacher) -> torch.Tensor:
+        """Cosines between all pairs of items."""
+        table_VD = model.encoder.item_table()[1:].detach()
+        return torch.corrcoef(table_VD - table_VD.mean(0)).flatten()
+
+    assert torch.corrcoef(torch.stack([alike(student), alike(teacher)]))[0, 1] > 0.5
+    assert not student.encoder.item_id.weight[0].any()
 
 
 def test_after_repeated_failures_the_job_goes_back_to_what_serves(tmp_path: Path) -> None:
