@@ -5,9 +5,10 @@ Right on Apache Kafka and on the embedded broker, which differs where comments s
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError, TopicAlreadyExistsError
@@ -20,14 +21,12 @@ from services.core.settings import Settings
 MAX_RECORD_BYTES: Final = 1_000_000  # Kafka's default limit is 1 MiB, headers included
 GROUP: Final = "reflux-features"  # the feature workers
 
-Client = TypeVar("Client")
-
 
 def ensure_topics(settings: Settings) -> None:
     """Create the topics that are missing: `events`, `items` and their dead letters."""
     wanted = {EVENTS: settings.partitions, ITEMS: settings.partitions}
     wanted |= {dead_topic(topic): 1 for topic in wanted}
-    with _admin(settings) as admin:
+    with _opened(settings, partial(_connect, KafkaAdminClient)) as admin:
         for topic, partitions in wanted.items():
             spec = {
                 "num_partitions": partitions,
@@ -43,8 +42,7 @@ def ensure_topics(settings: Settings) -> None:
 
 def topic_id(settings: Settings, topic: str) -> str:
     """The id that the broker gave the topic when it was created; a new topic has a new one."""
-    with _admin(settings) as admin:
-        return str(admin.describe_topics([topic])[0]["topic_id"])
+    return str(_describe(settings, topic)["topic_id"])
 
 
 def resume_offsets(
@@ -55,8 +53,7 @@ def resume_offsets(
     Seek to `kafka_offset(...)` of them; a record's log offset is its own plus
     `epoch_of(...) * EPOCH_SPAN`. A topic that was created anew since begins the next epoch here.
     """
-    with _admin(settings) as admin:
-        topic = admin.describe_topics([log.topic])[0]
+    topic = _describe(settings, log.topic)
     begin = log.epoch(str(topic["topic_id"])) * EPOCH_SPAN
     end = log.end()
     if partitions is None:
@@ -100,13 +97,13 @@ def make_consumer(
 
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Per partition the Kafka offset that the next record will get."""
-    with closing(make_consumer(settings)) as consumer:
+    with _opened(settings, make_consumer) as consumer:
         return _end_offsets(settings, consumer, topic)
 
 
 def lag(settings: Settings, topic: str = EVENTS, *, group: str = GROUP) -> dict[int, int]:
     """Per partition how many records `group` has not committed yet."""
-    with closing(make_consumer(settings, group=group)) as consumer:
+    with _opened(settings, partial(make_consumer, group=group)) as consumer:
         return {
             partition: end - (consumer.committed(TopicPartition(topic, partition)) or 0)
             for partition, end in _end_offsets(settings, consumer, topic).items()
@@ -198,7 +195,7 @@ def _end_offsets(settings: Settings, consumer: KafkaConsumer, topic: str) -> dic
         for number in sorted(consumer.partitions_for_topic(topic) or ())
     ]
     if not partitions:
-        raise UnavailableError(f"Kafka has no topic {topic!r}; `reflux up` creates it")
+        raise _no_topic(topic)
     consumer.assign(partitions)
     for partition, offset in consumer.end_offsets(partitions).items():
         consumer.seek(partition, offset)
@@ -210,11 +207,27 @@ def _end_offsets(settings: Settings, consumer: KafkaConsumer, topic: str) -> dic
     return {partition.partition: consumer.highwater(partition) for partition in partitions}
 
 
-def _admin(settings: Settings) -> closing[KafkaAdminClient]:
-    return closing(_connect(KafkaAdminClient, settings))
+def _describe(settings: Settings, topic: str) -> dict[str, Any]:
+    with _opened(settings, partial(_connect, KafkaAdminClient)) as admin:
+        found: dict[str, Any] = admin.describe_topics([topic])[0]
+    if found["error_code"] != 0:
+        raise _no_topic(topic)
+    return found
 
 
-def _connect(client: Callable[..., Client], settings: Settings, **config: Any) -> Client:
+@contextmanager
+def _opened(settings: Settings, make: Callable[[Settings], Any]) -> Iterator[Any]:
+    """A client for a few questions; what it can't answer is an `UnavailableError`."""
+    client = make(settings)
+    try:
+        yield client
+    except KafkaError as error:
+        raise _unavailable(settings, error) from None
+    finally:
+        client.close()
+
+
+def _connect(client: Callable[..., Any], settings: Settings, **config: Any) -> Any:
     if not settings.kafka_bootstrap:
         raise SettingsError(
             "REFLUX_KAFKA_BOOTSTRAP is empty and no stack runs here; set it to host:port, "
@@ -232,6 +245,10 @@ def _connect(client: Callable[..., Client], settings: Settings, **config: Any) -
 
 def _within(settings: Settings, timeout_s: float) -> Settings:
     return settings.model_copy(update={"kafka_timeout_s": max(0.1, timeout_s)})
+
+
+def _no_topic(topic: str) -> UnavailableError:
+    return UnavailableError(f"Kafka has no topic {topic!r}; the gateway and the worker create it")
 
 
 def _unavailable(settings: Settings, why: object) -> UnavailableError:

@@ -7,6 +7,8 @@ field, the value and the fix (422), and don't keep the valid ones beside them fr
 """
 
 import asyncio
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -257,6 +259,8 @@ def _now_ms() -> int:
 
 def main() -> None:
     settings = Settings.load()
+    # Uvicorn stops in order and then raises the signal again: that is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(settings),
         host=settings.host,

@@ -54,6 +54,7 @@ from services.ingest.rollup import RollUp
 
 POLL_MS: Final = 100
 RETRY_S: Final = 1.0
+CREATE_TOPICS_S: Final = 5.0  # between two attempts, while there is nothing to read
 CLOSE_TIMEOUT_MS: Final = 5_000
 ROLL_UP_SHARE: Final = 10  # a roll-up pauses for at least this many times what it took
 
@@ -112,6 +113,7 @@ class Worker(ConsumerRebalanceListener):
         self._reading: dict[TopicPartition, Reading] = {}
         self._touched: dict[str, UserHistory] = {}
         self._flushed_s = time.monotonic()
+        self._create_topics_at_s = 0.0
 
     def stop(self) -> None:
         """Ask `run` to flush and return."""
@@ -123,7 +125,6 @@ class Worker(ConsumerRebalanceListener):
         Waits for a Kafka or Redis that doesn't answer. Anything else unexpected ends it, and the
         next start resumes from the log.
         """
-        self._patiently(lambda: ensure_topics(self._settings))
         consumer = self._patiently(lambda: make_consumer(self._settings, group=GROUP))
         consumer.subscribe([EVENTS, ITEMS], listener=self)
         try:
@@ -145,12 +146,15 @@ class Worker(ConsumerRebalanceListener):
         """Flush; whoever has them next goes on from the log's end. Also called when they are
         lost: a span that the next owner writes as well counts once."""
         with self._lock:
-            try:
-                self._flush()
-            except UnavailableError as error:
-                logger.error("left to the partitions' next owner: %s", error)
-            for partition in revoked:
-                self._reading.pop(partition, None)
+            self._release(revoked)
+
+    def _release(self, partitions: Iterable[TopicPartition]) -> None:
+        try:
+            self._flush()
+        except UnavailableError as error:
+            logger.error("left to the partitions' next owner: %s", error)
+        for partition in partitions:
+            self._reading.pop(partition, None)
 
     def _loop(self, consumer: KafkaConsumer, beside: ThreadPoolExecutor) -> None:
         roll_up: Future[float] | None = None
@@ -184,8 +188,10 @@ class Worker(ConsumerRebalanceListener):
         rows: dict[str, list[Arrived[Any]]] = {EVENTS: [], ITEMS: []}
         for partition, records in polled.items():
             reading = self._reading.get(partition)
-            # Not resumed yet, or (seen below) the topic was created anew: these come again.
-            if reading is None or records[0].offset < kafka_offset(reading.next):
+            if reading is None:  # not resumed yet: these come again
+                continue
+            if records[0].offset < kafka_offset(reading.next):  # another incarnation of the topic
+                self._release([partition])
                 continue
             valid, dead = sort_out(
                 partition.topic,
@@ -259,10 +265,7 @@ class Worker(ConsumerRebalanceListener):
         self._touched.clear()
         self._flushed_s = time.monotonic()
         self.metrics.flush.observe(self._flushed_s - started_s)
-        return {
-            partition: OffsetAndMetadata(kafka_offset(reading.next), "", -1)
-            for partition, reading in pending.items()
-        }
+        return {partition: _commit(reading.next) for partition, reading in pending.items()}
 
     def _look_at_ends(self, consumer: KafkaConsumer) -> None:
         """Report the lag; let go of partitions whose log is shorter than what was read of it."""
@@ -281,15 +284,25 @@ class Worker(ConsumerRebalanceListener):
 
     def _resume(self, consumer: KafkaConsumer) -> None:
         """Seek every new partition to the log's end."""
+        if not consumer.assignment() and time.monotonic() > self._create_topics_at_s:
+            # A broker that lost its log has lost its topics, too.
+            self._patiently(partial(ensure_topics, self._settings))
+            self._create_topics_at_s = time.monotonic() + CREATE_TOPICS_S
         new = [p for p in consumer.assignment() if p not in self._reading]
+        commits: Commits = {}
         for topic in {partition.topic for partition in new}:
             numbers = [partition.partition for partition in new if partition.topic == topic]
             log = self._logs[topic]
             starts = self._patiently(partial(resume_offsets, self._settings, log, numbers))
             for number, start in starts.items():
-                self._seek(consumer, TopicPartition(topic, number), start)
+                partition = TopicPartition(topic, number)
+                if self._seek(consumer, partition, start):
+                    commits[partition] = _commit(start)
+        if commits:  # whoever had them before may have flushed without being able to commit
+            consumer.commit_async(commits)
 
-    def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> None:
+    def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> bool:
+        """Go on from log offset `start`; False where the partition has just been revoked."""
         earliest = consumer.beginning_offsets([partition])[partition]
         missing = earliest - kafka_offset(start)
         if missing > 0:
@@ -306,13 +319,14 @@ class Worker(ConsumerRebalanceListener):
             )
         try:
             consumer.seek(partition, kafka_offset(start))
-        except ValueError:  # revoked meanwhile
-            return
+        except ValueError:
+            return False
         with self._lock:
             self._reading[partition] = Reading(
                 partition=partition.partition, first=start, next=start
             )
         logger.info("%s: from log offset %d", partition, start)
+        return True
 
     def _run_roll_up(self) -> float:
         started_s = time.monotonic()
@@ -332,6 +346,10 @@ class Worker(ConsumerRebalanceListener):
                 logger.error("waiting: %s", error)
                 if self._stop.wait(RETRY_S):
                     raise
+
+
+def _commit(next_offset: int) -> OffsetAndMetadata:
+    return OffsetAndMetadata(kafka_offset(next_offset), "", -1)
 
 
 def _now_ms() -> int:
