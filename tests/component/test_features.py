@@ -57,9 +57,7 @@ def test_metadata_and_popularity_of_an_item_do_not_overwrite_each_other(settings
     store.write_popularity([Popularity(item_id="features-a", **counts)])
     store.write_items([Item(item_id="features-a", title="A, again", text="long", categories=["x"])])
     assert store.read_items(["features-a", "features-none"]) == [
-        ItemStats(
-            item_id="features-a", title="A, again", categories=("x",), text="long", **counts
-        ),
+        ItemStats(item_id="features-a", title="A, again", categories=("x",), text="long", **counts),
         ItemStats(item_id="features-none"),
     ]
 
