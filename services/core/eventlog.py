@@ -155,6 +155,16 @@ class EventLog:
             ends[span.partition] = max(ends.get(span.partition, first), span.last + 1)
         return ends
 
+    def count(self, *, since: Mapping[int, int] | None = None) -> int:
+        """How many offsets the log holds from `since` on: its length in records, not bytes read."""
+        total = 0
+        at = dict(since or {})
+        for span in self._files.spans():  # by partition and first offset, overlaps possible
+            first = max(at.get(span.partition, 0), span.first)
+            total += max(0, span.last + 1 - first)
+            at[span.partition] = max(first, span.last + 1)
+        return total
+
     def read(
         self,
         *,

@@ -122,7 +122,7 @@ class Demo:
             self._run_job(progress, jobs, "student", expected_s=recipe.distill.warm_up_s)
 
     def _logged(self, progress: Progress, task: TaskID) -> int:
-        logged = sum(EventLog(self._settings.offline).end().values())
+        logged = EventLog(self._settings.offline).count()
         progress.update(task, completed=logged)
         return logged
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.core.errors import NothingServingError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
@@ -15,10 +14,10 @@ LOOK_EVERY_S = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherState:
-    """What the newest teacher knows: when it was published, and how many events it had seen."""
+    """The newest teacher: when it was published, and how many events have come since it read."""
 
     created_ms: int
-    events: int
+    events_since: int
 
 
 def refresh_due(
@@ -28,7 +27,7 @@ def refresh_due(
     if teacher is None:
         enough = events >= settings.teacher_first_events
         return f"first teacher, {events:,} events are there" if enough else None
-    fresh = events - teacher.events
+    fresh = teacher.events_since
     if settings.teacher_every_events and fresh >= settings.teacher_every_events:
         return f"{fresh:,} events since the last teacher"
     age_minutes = (now_ms - teacher.created_ms) / 60_000
@@ -87,28 +86,22 @@ class LearningJobs:
         )
 
     def _refresh_reason(self) -> str | None:
-        events = sum(EventLog(self.settings.offline).end().values())
+        log = EventLog(self.settings.offline)
         return refresh_due(
-            events=events,
-            teacher=newest_teacher(self.settings),
+            events=log.count(),
+            teacher=newest_teacher(self.settings, log),
             now_ms=int(time.time() * 1000),
             settings=self.settings,
         )
 
 
-def newest_teacher(settings: Settings) -> TeacherState | None:
+def newest_teacher(settings: Settings, log: EventLog) -> TeacherState | None:
     registry = Registry(settings.registry)
     version = registry.latest("teacher")
     if version is None:
         return None
     manifest = registry.manifest("teacher", version)
+    read_until = {int(partition): end for partition, end in manifest["offsets"].items()}
     return TeacherState(
-        created_ms=int(manifest["created_ms"]), events=sum(manifest["offsets"].values())
+        created_ms=int(manifest["created_ms"]), events_since=log.count(since=read_until)
     )
-
-
-def serving_version(settings: Settings, kind: Kind) -> int | None:
-    try:
-        return int(Registry(settings.registry).serving(kind).version)
-    except NothingServingError:
-        return None

@@ -100,11 +100,9 @@ class Observer:
             manifest = self._registry.manifest("student", newest)
             found["metrics"] = manifest["metrics"]
             found["last_gate"] = manifest["gate"]["reason"]
-            ends = EventLog(self._settings.offline).end()
-            learned = {int(part): end for part, end in manifest["offsets"].items()}
-            found["learning_lag_events"] = sum(
-                max(end - learned.get(part, 0), 0) for part, end in ends.items()
-            )
+            learned = {int(partition): end for partition, end in manifest["offsets"].items()}
+            log = EventLog(self._settings.offline)
+            found["learning_lag_events"] = log.count(since=learned)
         return found
 
     def _serving(self, kind: Kind) -> int | None:

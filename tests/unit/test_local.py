@@ -26,10 +26,10 @@ SETTINGS = Settings(teacher_every_minutes=30, teacher_every_events=1_000, teache
     [
         (99, None, None),
         (100, None, "first teacher"),
-        (1_999, TeacherState(created_ms=NOW_MS, events=1_000), None),
-        (2_000, TeacherState(created_ms=NOW_MS, events=1_000), "1,000 events since"),
-        (1_001, TeacherState(created_ms=NOW_MS - 31 * 60_000, events=1_000), "31 minutes old"),
-        (1_000, TeacherState(created_ms=NOW_MS - 31 * 60_000, events=1_000), None),
+        (9_999, TeacherState(created_ms=NOW_MS, events_since=999), None),
+        (9_999, TeacherState(created_ms=NOW_MS, events_since=1_000), "1,000 events since"),
+        (9_999, TeacherState(created_ms=NOW_MS - 31 * 60_000, events_since=1), "31 minutes old"),
+        (9_999, TeacherState(created_ms=NOW_MS - 31 * 60_000, events_since=0), None),
     ],
 )
 def test_a_refresh_is_due_by_events_or_by_age(
@@ -42,7 +42,7 @@ def test_a_refresh_is_due_by_events_or_by_age(
 
 def test_zero_switches_a_refresh_trigger_off() -> None:
     never = Settings(teacher_every_minutes=0, teacher_every_events=0)
-    old = TeacherState(created_ms=0, events=0)
+    old = TeacherState(created_ms=0, events_since=10**9)
     assert refresh_due(events=10**9, teacher=old, now_ms=NOW_MS, settings=never) is None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
@@ -107,6 +107,7 @@ def test_prune_keeps_the_newest_and_what_serves(registry: Registry, tmp_path: Pa
     assert registry.serving("student").version == 3
 
 
+@settings(deadline=None, max_examples=50)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int
