@@ -1,0 +1,100 @@
+"""The whole loop on ML-100K, as its users meet it: by the `reflux` command and over HTTP."""
+
+import json
+from typing import Any
+
+import pytest
+
+from services.local.client import new_event
+from tests.e2e.conftest import HISTORY_EVENTS, Running
+
+LIVE_EVENTS = 4_000
+
+
+@pytest.fixture(scope="module")
+def learned(running: Running) -> Running:
+    """History imported, a first teacher trained, a student distilled from it and serving."""
+    replay(running, "--events", str(HISTORY_EVENTS))
+    running.wait_until(
+        lambda: running.look().teacher_version is not None, "a first teacher", timeout_s=180
+    )
+    running.wait_until(lambda: distilled_from(running) is not None, "a distilled student serving")
+    return running
+
+
+def test_the_answer_follows_the_users_events(learned: Running) -> None:
+    user = "a brand-new user"
+    unknown = ask(learned, user)
+    assert unknown["fallback"] == "trending"
+    assert unknown["items"]
+    chosen = unknown["items"][0]["item_id"]
+    sent = learned.client.send(
+        json.dumps(new_event(user_id=user, item_id=chosen, type_="click")).encode()
+    )
+    assert sent["accepted"] == 1
+    learned.wait_until(lambda: ask(learned, user)["fallback"] is None, "a personal answer")
+    personal = ask(learned, user)
+    assert chosen not in [item["item_id"] for item in personal["items"]]
+    assert personal["features_age_s"] < 60
+    assert all(item["title"] for item in personal["items"])
+
+
+def test_live_events_make_new_versions_that_serve(learned: Running) -> None:
+    before = learned.look()
+    replay(learned, "--skip", str(HISTORY_EVENTS), "--events", str(LIVE_EVENTS), "--rate", "400")
+    learned.wait_until(lambda: learned.look().learning_lag_events == 0, "every event learned")
+    after = learned.look()
+    assert before.student_version is not None and after.student_version is not None
+    assert after.student_version > before.student_version
+    assert ask(learned, "anyone")["model_version"] >= before.student_version
+    scored = after.metrics["stream.events"] - before.metrics.get("stream.events", 0)
+    assert scored == LIVE_EVENTS
+    for model in ("student", "teacher", "stale_teacher", "frozen_student", "popularity"):
+        assert 0 < after.metrics[f"stream.{model}.ndcg@10"] < 1
+    assert after.metrics["stream.student.ndcg@10"] > after.metrics["stream.popularity.ndcg@10"]
+
+
+def test_a_refreshed_teacher_is_taken_up_without_a_restart(learned: Running) -> None:
+    first, job = distilled_from(learned), student_jobs(learned)
+    learned.reflux("teacher", "refresh", "--wait", timeout_s=300)
+    skip = HISTORY_EVENTS + LIVE_EVENTS
+    replay(learned, "--skip", str(skip), "--events", "1000", "--rate", "200")
+    learned.wait_until(lambda: distilled_from(learned) != first, "the new teacher's student")
+    assert distilled_from(learned) == learned.look().teacher_version
+    assert student_jobs(learned) == job
+
+
+def test_a_version_can_be_rolled_back_by_hand(learned: Running) -> None:
+    versions = json.loads(learned.reflux("models", "list", "student", "--json"))
+    assert sum(row["serving"] for row in versions) == 1
+    learned.reflux("models", "rollback", "teacher")
+    assert learned.look().teacher_version == 1
+
+
+def test_status_tells_how_it_goes(learned: Running) -> None:
+    status = json.loads(learned.reflux("status", "--json"))
+    assert all(status["processes"].values())
+    assert status["feature_lag_events"] == 0
+    assert status["feature_freshness_p50_ms"] > 0
+    assert status["weight_freshness_p50_s"] > 0
+    assert status["answers"] > 0
+    assert "REFLUX_KAFKA_BOOTSTRAP" in learned.reflux("doctor")
+
+
+def replay(running: Running, *options: str) -> None:
+    running.reflux("events", "replay", "ml-100k", *options, timeout_s=240)
+
+
+def ask(running: Running, user: str) -> dict[str, Any]:
+    return running.client.recommend(user_id=user)
+
+
+def distilled_from(running: Running) -> int | None:
+    """The teacher of the student that answers; None while it has none."""
+    answer = running.client.recommend(user_id=None)
+    version = answer["teacher_version"]
+    return None if version is None else int(version)
+
+
+def student_jobs(running: Running) -> str:
+    return running.reflux("student", "status")
