@@ -100,9 +100,7 @@ class StopFile:
 
 def train_loop(given: dict[str, Any]) -> None:
     """One Ray Train worker: start, then tick until told to stop."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
-    for ours in ("distill", "ray_jobs"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+    logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     os.environ.update(given["settings"])
     settings = Settings.load()
     recipe = recipes.load(given["recipe"])
