@@ -51,7 +51,7 @@ def test_deployed_on_ray(cluster: Settings, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     url = f"http://127.0.0.1:{cluster.recommend_port}"
     assert url in done.stdout
-    assert not done.stderr  # where it says that the proxy is not the one that was asked for
+    assert "REFLUX_PROXY" not in done.stderr  # it would say so of another one than was asked for
     assert httpx.get(f"{url}/docs").status_code == 200
 
     # Versions come and go, and under that every answer is one.
@@ -76,11 +76,13 @@ def test_deployed_on_ray(cluster: Settings, tmp_path: Path) -> None:
     for _ in range(3):
         version = students.publish(registry, tmp_path)
         registry.promote("student", version, "newer")
-        time.sleep(1)
+        deadline = time.monotonic() + 30
+        while set(versions[-20:]) != {version} and time.monotonic() < deadline:
+            time.sleep(0.05)
     stop.set()
     thread.join()
     assert not wrong
-    assert set(versions[-10:]) == {4} and len(versions) > 100
+    assert set(versions[-20:]) == {4}
 
     # /metrics adds up both replicas.
     metrics = httpx.get(f"{url}/metrics").text
