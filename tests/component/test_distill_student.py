@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from ray_jobs import datasets
-from ray_jobs.recipes import tiny_cpu
+from ray_jobs.recipes import smoke_cpu
 from services.core.catalog import Catalog
 from services.core.eventlog import Arrived, EventLog, events_table
 from services.core.events import EVENTS, Event, EventType, encode
@@ -120,7 +120,7 @@ def _teach(registry: Registry, settings: Settings, events: list[Event], scratch:
     catalog = Catalog()
     catalog.add(event.item_id for event in events[: HISTORY // 2])
     directory = scratch / "teacher"
-    teacher = Teacher(tiny_cpu().teacher, n_rows=len(catalog))
+    teacher = Teacher(smoke_cpu().teacher, n_rows=len(catalog))
     teacher.save(directory)
     pq.write_table(catalog.to_table(), directory / "catalog.parquet")
     offsets = {str(partition): at for partition, at in EventLog(settings.offline).end().items()}
@@ -132,7 +132,7 @@ def _submit(client: JobSubmissionClient, settings: Settings) -> str:
     env = {**settings.environment(), "OMP_NUM_THREADS": "1"}
     return str(
         client.submit_job(
-            entrypoint=f"{sys.executable} -m ray_jobs.distill_student --recipe tiny_cpu",
+            entrypoint=f"{sys.executable} -m ray_jobs.distill_student --recipe smoke_cpu",
             runtime_env={"env_vars": env},
         )
     )
