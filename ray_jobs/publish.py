@@ -69,6 +69,8 @@ class Publisher:
         state, counters = self._state, self._state.counters
         verdict = self._peers.gather(self._judge(probe))[0]
         counters.rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
+        if verdict.promoted:
+            verdict = self._peers.gather(self._unless_held(verdict))[0]
         pull_back = (
             state.serving is not None
             and counters.rejected_in_a_row >= self._config.failures_until_reset
@@ -112,6 +114,14 @@ class Publisher:
             serving_gains=serving,
         )
         return evaluate.judge(evidence, bar=self._config.bar)
+
+    def _unless_held(self, verdict: Verdict) -> Verdict:
+        held = self._registry.held("student")
+        if held is None:
+            return verdict
+        return Verdict(
+            promoted=False, reason=f"student {held} is held by hand (`reflux models release`)"
+        )
 
     def _write(
         self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]

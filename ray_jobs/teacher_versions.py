@@ -70,6 +70,8 @@ def publish(
     promoted, reason = verdict(
         quality, parent=before, finite=finite, max_worse=recipe.train.max_worse
     )
+    if promoted and (held := registry.held("teacher")) is not None:
+        promoted, reason = False, f"teacher {held} is held by hand (`reflux models release`)"
     flat = {
         "slice.events": quality.events,
         "slice.teacher.ndcg@10": quality.ndcg(quality.teacher),

@@ -231,19 +231,29 @@ def models_show(kind: KindArgument, version: int) -> None:
 
 @models_app.command("promote")
 def models_promote(kind: KindArgument, version: int, reason: str = "by hand") -> None:
-    """Let a published version serve."""
+    """Let a published version serve, and hold it: newer ones wait until `release`."""
     from services.core.registry import Registry
 
-    Registry(_settings().registry).promote(kind, version, reason)
-    print(f"{kind} {version} serves")
+    Registry(_settings().registry).promote(kind, version, reason, hold=True)
+    print(f"{kind} {version} serves and is held; `reflux models release {kind}` ends that")
 
 
 @models_app.command("rollback")
 def models_rollback(kind: KindArgument = "student") -> None:
-    """Let the version that served before serve again."""
+    """Let the version that served before serve again, and hold it until `release`."""
     from services.core.registry import Registry
 
-    print(f"{kind} {Registry(_settings().registry).roll_back(kind)} serves again")
+    version = Registry(_settings().registry).roll_back(kind)
+    print(f"{kind} {version} serves again and is held; `reflux models release {kind}` ends that")
+
+
+@models_app.command("release")
+def models_release(kind: KindArgument = "student") -> None:
+    """Let the learning job promote again."""
+    from services.core.registry import Registry
+
+    Registry(_settings().registry).release(kind)
+    print(f"newer {kind} versions that pass the gate will serve")
 
 
 def parse_duration_s(text: str) -> float:

@@ -51,11 +51,15 @@ class Promotion:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What serves now; `history` is oldest first and ends with it."""
+    """What serves now; `history` is oldest first and ends with it.
+
+    `held`: chosen by hand, so the learning jobs publish but don't promote until it is released.
+    """
 
     version: int
     promoted_ms: int
     history: tuple[Promotion, ...]
+    held: bool
 
 
 class Registry:
@@ -158,22 +162,32 @@ class Registry:
             shutil.rmtree(staging, ignore_errors=True)
         return target
 
-    def promote(self, kind: Kind, version: int, reason: str) -> None:
-        """Make an existing version the one that serves."""
+    def promote(self, kind: Kind, version: int, reason: str, *, hold: bool = False) -> None:
+        """Make an existing version the one that serves; `hold` it against the learning jobs."""
         self.manifest(kind, version)
         entry = Promotion(version=version, promoted_ms=_now_ms(), reason=reason)
-        self._point(kind, (*self._history(kind), entry))
+        history, _ = self._pointer(kind)
+        self._point(kind, (*history, entry), held=hold)
+
+    def held(self, kind: Kind) -> int | None:
+        """The version that was chosen by hand and stays until `release`; None: jobs may promote."""
+        history, held = self._pointer(kind)
+        return history[-1].version if held else None
+
+    def release(self, kind: Kind) -> None:
+        """Let the learning jobs promote again."""
+        self._point(kind, self.serving(kind).history, held=False)
 
     def serving(self, kind: Kind) -> Serving:
         """What serves now; `NothingServingError` before the first promotion."""
-        history = self._history(kind)
+        history, held = self._pointer(kind)
         if not history:
             raise NothingServingError(f"no {kind} has been promoted in {self.uri} yet")
         now = history[-1]
-        return Serving(version=now.version, promoted_ms=now.promoted_ms, history=history)
+        return Serving(version=now.version, promoted_ms=now.promoted_ms, history=history, held=held)
 
     def roll_back(self, kind: Kind) -> int:
-        """Let the version before serve again and return it; call again to go further back."""
+        """Hold the version that served before and return it; call again to go further back."""
         history = self.serving(kind).history
         undone = history[-1].version
         earlier = [entry for entry in history if entry.version != undone]
@@ -184,7 +198,7 @@ class Registry:
         entry = Promotion(
             version=version, promoted_ms=_now_ms(), reason=f"rolled back from {undone}"
         )
-        self._point(kind, (*earlier[:-1], entry))
+        self._point(kind, (*earlier[:-1], entry), held=True)
         return version
 
     def prune(self, kind: Kind, keep: int) -> list[int]:
@@ -195,7 +209,7 @@ class Registry:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         directories, existing = self._directories(kind), self.versions(kind)
-        kept = {*existing[-keep:], *(entry.version for entry in self._history(kind))}
+        kept = {*existing[-keep:], *(entry.version for entry in self._pointer(kind)[0])}
         # A directory above the newest version may be a publication under way.
         doomed = [v for v in sorted(directories) if v not in kept and v < max(existing, default=0)]
         for version in doomed:
@@ -219,20 +233,23 @@ class Registry:
     def _version_path(self, kind: Kind, version: int) -> str:
         return f"{self._root}/{_checked(kind)}/{version:06d}"
 
-    def _history(self, kind: Kind) -> tuple[Promotion, ...]:
+    def _pointer(self, kind: Kind) -> tuple[tuple[Promotion, ...], bool]:
+        """Every promotion that the pointer remembers, and whether the last one is held."""
         path = f"{self._root}/{_checked(kind)}/{POINTER}"
         try:
-            return tuple(Promotion(**entry) for entry in json.loads(self._read(path))["history"])
+            content = json.loads(self._read(path))
+            return tuple(Promotion(**entry) for entry in content["history"]), content["held"]
         except FileNotFoundError:
-            return ()
+            return (), False
         except (ValueError, KeyError, TypeError) as error:
             raise RegistryError(
                 f"{path} is unreadable ({error!r}); delete it and promote a version"
             ) from None
 
-    def _point(self, kind: Kind, history: tuple[Promotion, ...]) -> None:
+    def _point(self, kind: Kind, history: tuple[Promotion, ...], *, held: bool) -> None:
         entries = [asdict(entry) for entry in history[-ROLLBACK_DEPTH:]]
-        self._write_json(f"{self._root}/{_checked(kind)}/{POINTER}", {"history": entries})
+        content = {"history": entries, "held": held}
+        self._write_json(f"{self._root}/{_checked(kind)}/{POINTER}", content)
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(path) as stream:

@@ -64,11 +64,24 @@ def test_a_refreshed_teacher_is_taken_up_without_a_restart(learned: Running) -> 
     assert student_jobs(learned) == job
 
 
-def test_a_version_can_be_rolled_back_by_hand(learned: Running) -> None:
-    versions = json.loads(learned.reflux("models", "list", "student", "--json"))
-    assert sum(row["serving"] for row in versions) == 1
-    learned.reflux("models", "rollback", "teacher")
-    assert learned.look().teacher_version == 1
+def test_a_rollback_by_hand_holds_until_it_is_released(learned: Running) -> None:
+    before = learned.look().student_version
+    learned.reflux("models", "rollback", "student")
+    held = learned.look().student_version
+    assert held is not None and before is not None and held < before
+    published = learned.look().student_published or 0
+    skip = HISTORY_EVENTS + LIVE_EVENTS + 1000
+    replay(learned, "--skip", str(skip), "--events", "1000", "--rate", "200")
+    learned.wait_until(
+        lambda: (learned.look().student_published or 0) > published, "a newer version"
+    )
+    assert learned.look().student_version == held
+    learned.wait_until(
+        lambda: learned.client.recommend(user_id=None)["model_version"] == held, "it answers"
+    )
+    learned.reflux("models", "release", "student")
+    replay(learned, "--skip", str(skip + 1000), "--events", "1000", "--rate", "200")
+    learned.wait_until(lambda: learned.look().student_version != held, "a newer one serving")
 
 
 def test_status_tells_how_it_goes(learned: Running) -> None:

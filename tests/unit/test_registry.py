@@ -91,6 +91,21 @@ def test_roll_back_goes_further_each_time(registry: Registry, tmp_path: Path) ->
     assert registry.serving("student").version == 1
 
 
+def test_what_is_chosen_by_hand_is_held_until_it_is_released(
+    registry: Registry, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        registry.promote("student", registry.publish("student", artifact(tmp_path / "a"), {}), "on")
+    assert registry.held("student") is None
+    registry.roll_back("student")
+    assert registry.held("student") == 1
+    registry.promote("student", 2, "by hand", hold=True)
+    assert registry.held("student") == 2
+    registry.release("student")
+    assert registry.held("student") is None
+    assert registry.serving("student").version == 2
+
+
 def test_prune_keeps_the_newest_and_what_serves(registry: Registry, tmp_path: Path) -> None:
     source = artifact(tmp_path / "a")
     for _ in range(4 + ROLLBACK_DEPTH):
