@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     recipe: str = Field("tiny_cpu", description="a name in ray_jobs/recipes.py")
     seed: int = 0
     teacher_every_minutes: float = Field(30.0, ge=0, description="refresh the teacher; 0: never")
-    teacher_every_events: int = Field(100_000, ge=0, description="or after this many; 0: never")
+    teacher_every_events: int = Field(50_000, ge=0, description="or after this many; 0: never")
     teacher_first_events: int = Field(1_000, ge=1, description="events before the first teacher")
     publish_every_s: float = Field(5.0, gt=0, description="between two student versions")
     checkpoint_every_s: float = Field(

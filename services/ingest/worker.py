@@ -362,6 +362,8 @@ def main() -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("kafka").setLevel(logging.WARNING)
+    # On a busy machine it warns of every loop that took .1 s.
+    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
     features = FeatureStore(settings)
     features.apply()
     worker = Worker(settings, features)

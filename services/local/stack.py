@@ -86,6 +86,8 @@ class Stack:
                 deploy_answers(self.settings)
 
     def _start_backends(self) -> None:
+        from services.recommend.deploy import proxy_environment
+
         settings = self.settings
         addresses: dict[str, Any] = {}
         if not settings.kafka_bootstrap:
@@ -101,11 +103,8 @@ class Stack:
             self._embedded_ray = True
             port = usual_port("ray", settings.ray_dashboard_port)
             addresses["ray_address"] = f"http://{processes.LOOPBACK}:{port}"
-            self._spawn(
-                processes.ray_head(
-                    dashboard_port=port, cpus=settings.ray_cpus, env=self._proxy_environment()
-                )
-            )
+            env = proxy_environment(settings, scratch=processes.ray_scratch(port))
+            self._spawn(processes.ray_head(dashboard_port=port, cpus=settings.ray_cpus, env=env))
         addresses["gateway_port"] = usual_port("gateway", settings.gateway_port)
         addresses["gateway_url"] = f"http://{settings.host}:{addresses['gateway_port']}"
         addresses["recommend_url"] = f"http://{settings.host}:{addresses['recommend_port']}"
@@ -157,11 +156,6 @@ class Stack:
 
     def _gateway_ready(self) -> bool:
         return processes.listens(self.settings.gateway_port)
-
-    def _proxy_environment(self) -> dict[str, str]:
-        from services.recommend.deploy import proxy_environment
-
-        return proxy_environment(self.settings)
 
     def _write_stack_file(self) -> None:
         children = {name: child.process for name, child in self._children.items()}

@@ -1,12 +1,10 @@
 """Puts the answers on a Ray cluster, and says which HTTP proxy stands before them there."""
 
-import hashlib
 import importlib.util
 import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,11 +64,13 @@ def config(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def proxy_environment(settings: Settings) -> dict[str, str]:
+def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
     """What must stand in the environment of `ray start` for the proxy that the settings want.
 
-    HAProxy (one C process before the replicas) instead of Serve's own Python proxy, on ports and
-    files of its own, so that two stacks on one machine don't meet. Empty for the Python proxy.
+    HAProxy (one C process before the replicas) instead of Serve's own Python proxy, on ports of
+    its own and with its files in `scratch`, a short path (Ray adds the node's 56-character id, and
+    a socket's path ends at 107 bytes), so that two stacks on one machine don't meet. Empty for the
+    Python proxy.
     """
     if settings.proxy == "python":
         return {}
@@ -80,9 +80,7 @@ def proxy_environment(settings: Settings) -> dict[str, str]:
             "times the CPU per answer; REFLUX_PROXY=python says that this is meant"
         )
         return {}
-    home = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
-    # Ray adds the node's 56-character id, and a socket's path ends at 107: keep it short.
-    files = Path(tempfile.gettempdir()) / f"rfx-{home}"
+    files = scratch / "proxy"
     metrics_port, stats_port, fallback_port = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -119,7 +117,7 @@ def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":
             client = ServeSubmissionClient(settings.ray_address)
             client.get_serve_details()
             return client
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # requests' own errors are OSErrors
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"Ray at {settings.ray_address} doesn't take deployments ({error}); check that "

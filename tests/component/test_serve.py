@@ -33,7 +33,7 @@ def cluster(settings: Settings, tmp_path: Path) -> Iterator[Settings]:
             "replicas": 2,
         }
     )
-    environment = proxy_environment(own)
+    environment = proxy_environment(own, scratch=processes.ray_scratch(port))
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     head = processes.ray_head(dashboard_port=port, cpus=6, env=environment)
     ray = processes.Process(head, logs=tmp_path / "logs")
