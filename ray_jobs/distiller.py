@@ -1,5 +1,6 @@
 """The distillation loop: predict each micro-batch of the stream, then learn it."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ray_jobs.ranking import predict, predict_popular
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received, answer_lists
 from ray_jobs.teachers import Asked, Teachers
+from ray_jobs.warm_up import warm_up
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
 from services.core.metrics import Ranks, ndcg_at
@@ -81,6 +83,8 @@ class Distiller:
         self._clock_s = now_s()
         self._items = EventLog(settings.offline, ITEMS)
         self._pending: Pending | None = None
+        self._taught = True  # a teacher's labels were there when what is remembered was learned
+        self._kept = dict(state.positions)  # as of the newest checkpoint
         self._probe = MicroBatch.of([], context=config.context_events)
         self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "epoch"), self._clock_s)
         self.publisher = Publisher(
@@ -90,6 +94,7 @@ class Distiller:
     def begin(self) -> None:
         """Publish the first version at once; the student frozen as it is now is the yardstick."""
         self._look_after_teachers()
+        self._taught = all(self._peers.gather(self._teachers.version is not None))
         if self.state.frozen is None and len(self.state.catalog) > 1:
             self._publish()
             self.checkpoint()
@@ -108,21 +113,26 @@ class Distiller:
         self._predict(pending, known_rows=known_rows)
         self.state.catalog.observe(heard)
         self._look_after_teachers()
+        if not self._taught:
+            self._meet_first_teacher()
         if self._is_due("epoch", EPOCH_EVERY_S):
             self._source.check_epoch()
         if self._is_due("publish", self.settings.publish_every_s):
             self._publish_news()
         if self._is_due("checkpoint", self.settings.checkpoint_every_s):
-            self.checkpoint()
+            self._learn()
+            if any(self._peers.gather(self.state.positions != self._kept)):
+                self.checkpoint()
 
     def checkpoint(self) -> None:
         """Everything up to here, learned and kept."""
         self._learn()
         self._keep()
+        self._kept = dict(self.state.positions)
 
     def _publish_news(self) -> None:
         self._learn()
-        moved = self.state.positions != self.publisher.positions
+        moved = self.publisher.behind()
         if any(self._peers.gather(moved)) and len(self.state.catalog) > 1:
             self._publish()
 
@@ -265,6 +275,16 @@ class Distiller:
         if counters.teacher != self._teachers.version:
             counters.teacher, counters.first_teacher = self._teachers.version, self._teachers.first
             counters.teacher_ndcg = counters.student_ndcg = 0.0
+
+    def _meet_first_teacher(self) -> None:
+        """What was learned while there was no teacher is learned again, with its labels."""
+        self._taught = all(self._peers.gather(self._teachers.version is not None))
+        if self._taught and any(self._peers.gather(len(self.state.histories) > 0)):
+            self._learn()
+            warm_up(self.state, self._teachers, self._config, self._peers)
+            self.state.frozen = copy.deepcopy(self.state.student)
+            self._publish()
+            self.checkpoint()
 
     def _publish(self) -> None:
         self.publisher.publish(self._probe)

@@ -51,7 +51,15 @@ class Publisher:
         self._peers = peers
         self._gains: list[tuple[Gains, Gains]] = []  # of the student, of what serves
         self._arrivals_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-        self.positions: dict[int, int] = {}  # as of the newest version
+        self._positions: dict[int, int] = {}  # as of the newest version
+        self._teacher: int | None = None  # the same
+
+    def behind(self) -> bool:
+        """Whether the newest version doesn't tell how far the job has come, or by which teacher."""
+        return (self._positions, self._teacher) != (
+            self._state.positions,
+            self._state.counters.teacher,
+        )
 
     def scored(self, student: Ranks, serving: Ranks | None) -> None:
         """Take in one micro-batch's ranks, before it is learned."""
@@ -98,7 +106,8 @@ class Publisher:
             self._back_to_serving()
         self._arrivals_ms.clear()
         state.quality.start_window()
-        self.positions = dict(state.positions)
+        self._positions = dict(state.positions)
+        self._teacher = counters.teacher
         return verdict
 
     def _judge(self, probe: MicroBatch) -> Verdict:

@@ -70,11 +70,12 @@ class Labeller:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Answers on their way."""
+    """Answers on their way, and who gives them."""
 
     teacher: "ray.ObjectRef[Labels] | None" = None
     stale: "ray.ObjectRef[Labels] | None" = None
-    same: bool = False  # the first teacher is still the current one
+    version: int | None = None  # the current teacher's, when it was asked
+    same: bool = False  # it was the first one
 
 
 class Teachers:
@@ -153,7 +154,7 @@ class Teachers:
         actor = self._able(self.version)
         if actor is None or not self._config.needs_labels:
             return Asked()
-        return Asked(actor.label.remote(batch, top_k=self._config.top_k))
+        return Asked(actor.label.remote(batch, top_k=self._config.top_k), version=self.version)
 
     def ask(self, batch: MicroBatch, *, stale: bool, **how: Any) -> Asked:
         """Ask for labels of a batch; `stale`: for the first teacher's ranks as well."""
@@ -164,15 +165,16 @@ class Teachers:
         how = {**how, "top_k": self._config.top_k}
         answer = actor.label.remote(ref, **how)
         if not stale or not self._config.stale_teacher:
-            return Asked(answer)
+            return Asked(answer, version=self.version)
         if self.first == self.version:
-            return Asked(answer, same=True)
+            return Asked(answer, version=self.version, same=True)
         first = self._able(self.first)
-        return Asked(answer, None if first is None else first.label.remote(ref, **how))
+        stale_answer = None if first is None else first.label.remote(ref, **how)
+        return Asked(answer, stale_answer, version=self.version)
 
     def answer(self, asked: Asked) -> tuple[Labels | None, Ranks | None]:
         """Labels, and the first teacher's ranks; None where nobody was asked, or has died."""
-        labels = self._get(asked.teacher, self.version)
+        labels = self._get(asked.teacher, asked.version)
         if asked.same:
             return labels, None if labels is None else labels.ranks
         stale = self._get(asked.stale, self.first)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from services.core.registry import Registry
 from services.core.settings import Settings
 from services.local import processes
 
-HISTORY, LIVE = 2_000, 600
+HISTORY, LIVE, MORE = 2_000, 600, 100
 
 
 @pytest.fixture
@@ -57,13 +58,13 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
     job = _submit(client, settings)
     _until(lambda: bool(registry.versions("student")), client, job)
     _send(settings, events[HISTORY : HISTORY + LIVE // 2])
-    _until(lambda: _learned(registry) > 0, client, job)
+    _until(lambda: _newest(registry)["events_learned"] > 0, client, job)
     time.sleep(3)  # past a checkpoint
     _kill_worker()
     _send(settings, events[HISTORY + LIVE // 2 : HISTORY + LIVE])
-    _until(lambda: _learned(registry) == LIVE, client, job)
+    _until(lambda: _newest(registry)["events_learned"] == LIVE, client, job)
 
-    newest = registry.manifest("student", registry.latest("student") or 0)
+    newest = _newest(registry)
     serving = registry.manifest("student", registry.serving("student").version)
     assert sum(newest["offsets"].values()) == HISTORY + LIVE
     assert newest["teacher_version"] == 1
@@ -72,11 +73,17 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
         assert 0.0 <= newest["metrics"][f"stream.{ranker}.ndcg@10"] <= 1.0
     assert newest["metrics"]["stream.events"] == LIVE
 
+    _teach(registry, settings, events, tmp_path)
+    _until(lambda: _newest(registry)["teacher_version"] == 2, client, job)
+    _send(settings, events[HISTORY + LIVE : HISTORY + LIVE + MORE])
+    _until(lambda: _newest(registry)["events_learned"] == LIVE + MORE, client, job)
+    assert _newest(registry)["metrics"]["window.stale_teacher.ndcg@10"] >= 0.0
+
     client.stop_job(job)
     _until(lambda: client.get_job_status(job).is_terminal(), client, job, running=False)
     job = _submit(client, settings)
-    _send(settings, events[HISTORY + LIVE : HISTORY + LIVE + 100])
-    _until(lambda: _learned(registry) == LIVE + 100, client, job)
+    _send(settings, events[HISTORY + LIVE + MORE :])
+    _until(lambda: _newest(registry)["events_learned"] == LIVE + 2 * MORE, client, job)
     client.stop_job(job)
 
 
@@ -91,7 +98,7 @@ def _events(settings: Settings) -> list[Event]:
             timestamp=row["timestamp_ms"],
             value=row["value"],
         )
-        for i, row in enumerate(log.events.slice(0, HISTORY + LIVE + 100).to_pylist())
+        for i, row in enumerate(log.events.slice(0, HISTORY + LIVE + 2 * MORE).to_pylist())
     ]
 
 
@@ -125,7 +132,7 @@ def _teach(registry: Registry, settings: Settings, events: list[Event], scratch:
     pq.write_table(catalog.to_table(), directory / "catalog.parquet")
     offsets = {str(partition): at for partition, at in EventLog(settings.offline).end().items()}
     version = registry.publish("teacher", directory, {"offsets": offsets})
-    registry.promote("teacher", version, "the only one")
+    registry.promote("teacher", version, "it will do")
 
 
 def _submit(client: JobSubmissionClient, settings: Settings) -> str:
@@ -138,9 +145,8 @@ def _submit(client: JobSubmissionClient, settings: Settings) -> str:
     )
 
 
-def _learned(registry: Registry) -> int:
-    newest = registry.latest("student")
-    return 0 if newest is None else int(registry.manifest("student", newest)["events_learned"])
+def _newest(registry: Registry) -> dict[str, Any]:
+    return registry.manifest("student", registry.latest("student") or 0)
 
 
 def _kill_worker() -> None:
