@@ -101,7 +101,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     dataset: Annotated[str, typer.Option(help="ml-1m, ml-100k, or a CSV/Parquet log")] = "ml-1m",
-    rate: Annotated[float, typer.Option(help="live events per second", min=1.0)] = 200.0,
+    rate: Annotated[float, typer.Option(help="live events per second", min=1.0)] = 500.0,
     events: Annotated[int, typer.Option(help="end after this many live events; 0: all")] = 0,
     duration: Annotated[str, typer.Option("--for", help="end after, e.g. 90s, 5m, 1h")] = "",
 ) -> None:

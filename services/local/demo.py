@@ -206,7 +206,7 @@ class Demo:
 
     def _behind(self) -> bool:
         newest = self._record.newest
-        return newest is None or bool(newest.learning_lag_events)
+        return newest is None or newest.metrics.get("stream.events", 0) < self._record.sent
 
     def _observe(
         self, observer: Observer, producer: "_Producer", asker: Asker, *, total: int
