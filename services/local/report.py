@@ -64,10 +64,14 @@ def panel(record: Record) -> RenderableType:
         return Panel("waiting for the first event")
     left_s = (record.total - record.sent) / record.sent_per_s if record.sent_per_s else None
     flow = Table.grid(padding=(0, 2))
+    flow.add_row(
+        "progress", ProgressBar(total=max(record.total, 1), completed=record.sent, width=60)
+    )
     for name, value in (
         ("events", f"{record.sent:,} of {record.total:,}, {record.sent_per_s:,.0f}/s"),
         ("left", "-" if left_s is None else f"{left_s / 60:,.1f} min"),
-        ("lag", f"{_n(now.feature_lag_events)} to features, {_n(now.learning_lag_events)} learned"),
+        ("not in features yet", f"{_n(now.feature_lag_events)} events"),
+        ("not learned yet", f"{_n(now.learning_lag_events)} events"),
         ("feature freshness", _ms(now.feature_freshness_p50_ms, now.feature_freshness_p99_ms)),
         ("weight freshness", _s(now.weight_freshness_p50_s)),
         ("answers", f"{asked.answers:,}, {asked.failures} failed"),
@@ -77,8 +81,7 @@ def panel(record: Record) -> RenderableType:
         ("gate", now.last_gate or "-"),
     ):
         flow.add_row(name, value)
-    bar = ProgressBar(total=max(record.total, 1), completed=record.sent)
-    return Panel(Group(bar, flow, quality_table(now.metrics)), title="Reflux, learning live")
+    return Panel(Group(flow, quality_table(now.metrics)), title="Reflux, learning live")
 
 
 def line(record: Record) -> str:
