@@ -99,6 +99,12 @@ def doctor() -> None:
 
 
 @app.command()
+def env() -> None:
+    """The settings as a Ray runtime environment, for `ray job submit --runtime-env-json`."""
+    print(json.dumps({"env_vars": _settings().environment()}))
+
+
+@app.command()
 def demo(
     dataset: Annotated[str, typer.Option(help="ml-1m, ml-100k, or a CSV/Parquet log")] = "ml-1m",
     rate: Annotated[float, typer.Option(help="live events per second", min=1.0)] = 500.0,

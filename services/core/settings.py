@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     kafka_timeout_s: float = Field(10.0, gt=0, description="until an unacknowledged event is a 503")
 
     # Learning.
+    learn: bool = Field(True, description="`reflux up` starts the jobs; else submit them by hand")
     recipe: str = Field("tiny_cpu", description="a name in ray_jobs/recipes.py")
     seed: int = 0
     teacher_every_minutes: float = Field(30.0, ge=0, description="refresh the teacher; 0: never")

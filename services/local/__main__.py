@@ -54,7 +54,8 @@ def look(stack: Stack, learning: LearningJobs) -> None:
     """One round of supervision; trouble in it is reported and met again next round."""
     try:
         stack.supervise()
-        learning.tick()
+        if stack.settings.learn:
+            learning.tick()
     except (RefluxError, OSError, RuntimeError) as error:
         log.warning("supervision: %s", error)
 
