@@ -8,7 +8,7 @@ from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 
 SHOWN_METRICS = {
-    "teacher": ("validation.ndcg@10",),
+    "teacher": ("slice.teacher.ndcg@10",),
     "student": ("stream.student.ndcg@10", "stream.teacher.ndcg@10"),
 }
 
