@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from ray_jobs import evaluate
+from ray_jobs import gate
 from ray_jobs.checkpoint import State
-from ray_jobs.evaluate import Evidence, Gains, Verdict
+from ray_jobs.gate import Evidence, Gains, Verdict
 from ray_jobs.learner import adam
 from ray_jobs.microbatch import MicroBatch
 from ray_jobs.peers import Peers
@@ -122,7 +122,7 @@ class Publisher:
             gains=student,
             serving_gains=serving,
         )
-        return evaluate.judge(evidence, bar=self._config.bar)
+        return gate.judge(evidence, bar=self._config.bar)
 
     def _unless_held(self, verdict: Verdict) -> Verdict:
         held = self._registry.held("student")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_jobs.evaluate import Lists
+from ray_jobs.gate import Lists
 from ray_jobs.microbatch import COLD, MicroBatch
 from services.core.metrics import MISS, Ranks, ranks_of
 from services.core.models.recommender import Recommender

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from ray_jobs.evaluate import Bar
+from ray_jobs.gate import Bar
 from services.core.models.encoder import EncoderConfig
 from services.core.models.student import StudentConfig
 

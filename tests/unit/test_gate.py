@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ray_jobs.evaluate import Bar, Evidence, Gains, Lists, distinctness, judge, transferability
+from ray_jobs.gate import Bar, Evidence, Gains, Lists, distinctness, judge, transferability
 
 BAR = Bar()
 RNG = np.random.default_rng(0)
