@@ -129,7 +129,8 @@ class Demo:
     def _run_job(self, progress: Progress, jobs: Jobs, kind: Kind, *, expected_s: float) -> None:
         """Submit the job and wait: the teacher's for its end, the student's until it answers."""
         submission_id = jobs.submit(kind)
-        task = progress.add_task(f"first {kind} (Ray job {submission_id})", total=expected_s)
+        self._console.log(f"Ray job {submission_id}")  # a bar's label must fit 80 columns
+        task = progress.add_task(f"first {kind}, seconds", total=expected_s)
         began = time.monotonic()
 
         def done() -> bool:
