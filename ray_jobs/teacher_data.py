@@ -5,6 +5,7 @@ Shapes: E events of a shard (each user's contiguous, oldest first), B packed lin
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from services.core.errors import RefluxError
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
 from services.core.history import INTERACTIONS
-from services.core.models.sequences import Features, Packed, Sequences, pack, sequences_of
+from services.core.models.sequences import Features, Ints, Packed, Sequences, pack, sequences_of
 from services.core.settings import Settings
 
 Bools = NDArray[np.bool_]
@@ -53,6 +54,18 @@ class History:
     n_events: int
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Interactions:
+    """A log in time order, as arrays (E,). `users` are numbered from 0; `values` are NaN where
+    there are none."""
+
+    users: Ints
+    rows: Ints
+    types: NDArray[np.str_]
+    times_ms: Ints
+    values: NDArray[np.float64]
+
+
 def read_history(
     settings: Settings,
     *,
@@ -65,10 +78,10 @@ def read_history(
 
     Rows of the parent's catalog stay what they are. `RefluxError` where there is too little.
     """
-    log = EventLog(settings.offline)
-    offsets = log.end()
+    stored = EventLog(settings.offline)
+    offsets = stored.end()
     names = ["user_id", "item_id", "type", "timestamp", "value", "partition", "offset"]
-    events = log.read(until=offsets, columns=names)
+    events = stored.read(until=offsets, columns=names)
     events = events.filter(pc.is_in(events["type"], pa.array(INTERACTIONS)))
     least = settings.teacher_first_events
     if events.num_rows < least:
@@ -85,31 +98,63 @@ def read_history(
         catalog.add(parent.ids(range(1, len(parent))))
     items = EventLog(settings.offline, topic=ITEMS)
     catalog.describe(items.read(columns=["item_id", "title", "categories", "text"]))
-    rows = catalog.add(events["item_id"].to_pylist())
 
-    fresh = np.arange(len(rows)) >= int(len(rows) * (1 - last_slice))
     learned_until = np.zeros(1 + max(offsets), np.int64)
     for partition, offset in parent_offsets.items():
         learned_until[partition] = offset
     unseen = events["offset"].to_numpy() >= learned_until[events["partition"].to_numpy()]
+    log = Interactions(
+        users=users,
+        rows=catalog.add(events["item_id"].to_pylist()),
+        types=np.asarray(events["type"].to_pylist()),
+        times_ms=events["timestamp"].cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64()).to_numpy(),
+        values=events["value"].to_numpy(),
+    )
+    return history_of(
+        log,
+        catalog=catalog,
+        n_shards=n_shards,
+        last_slice=last_slice,
+        unseen_E=unseen,
+        offsets=offsets,
+    )
+
+
+def history_of(
+    log: Interactions,
+    *,
+    catalog: Catalog,
+    n_shards: int,
+    last_slice: float,
+    unseen_E: Bools | None = None,
+    offsets: Mapping[int, int] = MappingProxyType({}),
+) -> History:
+    """A log in time order, split by user; `catalog` is one that hasn't observed it yet, and does.
+
+    The newest `last_slice` of the events is judged before it is learned, as far as `unseen_E`
+    (default: all) says that the parent hasn't learned it.
+    """
+    users, rows = log.users, log.rows
+    fresh = np.arange(len(rows)) >= int(len(rows) * (1 - last_slice))
+    unseen = np.ones(len(rows), bool) if unseen_E is None else unseen_E
     catalog.observe(rows[~fresh])
     popularity = catalog.popularity.copy()
     catalog.observe(rows[fresh])
-
-    types = np.asarray(events["type"].to_pylist())
-    times_ms = events["timestamp"].cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64()).to_numpy()
-    values = events["value"].to_numpy()
     shards = []
     for shard in range(n_shards):
         mine = np.flatnonzero(users % n_shards == shard)
         mine = mine[np.argsort(users[mine], kind="stable")]
         sequences = sequences_of(
-            users[mine], rows[mine], types[mine].tolist(), times_ms[mine], values[mine]
+            users[mine], rows[mine], log.types[mine].tolist(), log.times_ms[mine], log.values[mine]
         )
         judged = fresh[mine] & unseen[mine]
         shards.append(Shard(sequences=sequences, fresh_E=fresh[mine], judged_E=judged))
     return History(
-        catalog=catalog, offsets=offsets, shards=shards, popularity=popularity, n_events=len(rows)
+        catalog=catalog,
+        offsets=dict(offsets),
+        shards=shards,
+        popularity=popularity,
+        n_events=len(rows),
     )
 
 

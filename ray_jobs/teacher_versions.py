@@ -1,11 +1,9 @@
 """A teacher's way out of and into the registry."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -13,6 +11,7 @@ import torch
 from ray_jobs.recipes import Recipe
 from ray_jobs.teacher_data import History
 from ray_jobs.teacher_quality import Quality, verdict
+from ray_jobs.teacher_training import Trained
 from services.core.catalog import Catalog
 from services.core.errors import NothingServingError
 from services.core.models.teacher import Teacher
@@ -51,17 +50,14 @@ def teaching_now(registry: Registry, recipe: Recipe) -> Parent | None:
 
 def publish(
     registry: Registry,
-    model: Teacher,
+    trained: Trained,
     history: History,
-    metrics: Mapping[str, Any],
     *,
     recipe: Recipe,
     parent: Parent | None,
 ) -> int:
-    """Store a trained teacher and let it teach if the verdict is good; its version.
-
-    `metrics` are the last ones that training reported.
-    """
+    """Store a trained teacher and let it teach if the verdict is good; its version."""
+    model, metrics = trained.model, trained.metrics
     quality, before = (
         Quality(**metrics[name]) if metrics[name] else None for name in ("quality", "parent")
     )

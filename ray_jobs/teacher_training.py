@@ -1,0 +1,310 @@
+"""How a teacher learns: Ray Train on any number of workers.
+
+Users are split among the workers, gradients averaged. The newest events are kept apart until
+`REVEAL` of the run, so that the model can be judged on them; then they are learned, too. A killed
+worker costs what came after the last checkpoint.
+"""
+
+import copy
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+import ray
+import ray.train
+import torch
+from numpy.typing import NDArray
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch import Tensor, nn
+
+from ray_jobs.recipes import Recipe, TrainConfig
+from ray_jobs.teacher_data import History, Lines, Shard
+from ray_jobs.teacher_quality import Quality, judge
+from services.core import losses
+from services.core.models.teacher import Teacher
+
+REVEAL = 0.85  # of the run; what follows learns the newest events
+TRAINING = "training.pt"
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trained:
+    """A teacher and what its training reported last (`Progress` and the loss, plain values)."""
+
+    model: Teacher
+    metrics: dict[str, Any]
+
+
+def train(
+    recipe: Recipe, history: History, *, parent: Teacher | None, seed: int, checkpoints: str
+) -> Trained:
+    """Train from scratch, or refresh `parent` (left as it is), on the Ray at hand.
+
+    `history` has as many shards as the recipe has workers. `checkpoints` is any URI that pyarrow
+    reaches; what the run writes there is removed at its end.
+    """
+    # Read by Ray Train: at the default of 2 s every report() takes 1.5 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
+    torch.manual_seed(seed)
+    model = (
+        copy.deepcopy(parent) if parent else Teacher(recipe.teacher, n_rows=len(history.catalog))
+    )
+    model.grow(history.catalog.content)
+    print(f"{model.n_parameters:,} parameters, {history.n_events:,} interactions", flush=True)
+    name = f"teacher-{time.time_ns()}"
+    try:
+        trainer = _trainer(recipe, history, model, parent is not None, seed, name, checkpoints)
+        result = trainer.fit()
+        assert result.metrics is not None
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as directory:
+            return Trained(model=Teacher.load(Path(directory)), metrics=result.metrics)
+    finally:
+        _remove(f"{checkpoints}/{name}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """All that workers need to know; lives in Ray's object store."""
+
+    train: TrainConfig
+    start: Teacher
+    shards: list["ray.ObjectRef[Shard]"]
+    popularity: NDArray[np.float64]
+    total_steps: int
+    max_s: float
+    learning_rate: float
+    seed: int
+    has_parent: bool
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where training stands; part of every checkpoint."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    parent: Quality | None = None
+    quality: Quality | None = None  # known from REVEAL on
+    resumed: int = 0  # times that a worker was lost
+
+
+def _trainer(
+    recipe: Recipe,
+    history: History,
+    model: Teacher,
+    warm: bool,
+    seed: int,
+    name: str,
+    checkpoints: str,
+) -> TorchTrainer:
+    train = recipe.train
+    epochs = train.refresh_epochs if warm else train.max_epochs
+    events_per_step = train.num_workers * train.batch_lines * train.line_events
+    run = Run(
+        train=train,
+        start=model,
+        shards=[ray.put(shard) for shard in history.shards],
+        popularity=history.popularity,
+        total_steps=max(1, round(epochs * history.n_events / events_per_step)),
+        max_s=train.refresh_train_s if warm else train.max_train_s,
+        learning_rate=train.refresh_learning_rate if warm else train.learning_rate,
+        seed=seed,
+        has_parent=warm,
+    )
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"run": ray.put(run)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=checkpoints,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # INFO: every report
+        ),
+    )
+
+
+class NextItemLoss(nn.Module):
+    """Cross-entropy of every next item in packed lines; what DDP wraps."""
+
+    log_q_V: Tensor
+
+    def __init__(self, model: Teacher, *, popularity: NDArray[np.float64], negatives: int) -> None:
+        super().__init__()
+        self.model = model
+        self.negatives = negatives
+        q_V = torch.tensor(popularity).float().pow(0.75)
+        q_V[1:] += 1e-3 * q_V.mean()  # every item may be drawn
+        self.register_buffer("log_q_V", torch.log(q_V / q_V.sum()))
+
+    def forward(
+        self, rows_BL: Tensor, types_BL: Tensor, gaps_BL: Tensor, segments_BL: Tensor, y_BL: Tensor
+    ) -> Tensor:
+        table_VD = self.model.encoder.item_table()
+        hidden_BLD = self.model(rows_BL, types_BL, gaps_BL, segments_BL, table_VD=table_VD)
+        hidden_ND, target_N = hidden_BLD[y_BL > 0], y_BL[y_BL > 0]
+        bias_V = self.model.bias_V
+        if self.negatives == 0:
+            return losses.full_softmax(hidden_ND, table_VD, bias_V, target_N)
+        sampled_S = torch.multinomial(self.log_q_V.exp(), self.negatives, replacement=True)
+        return losses.sampled_softmax(
+            hidden_ND, table_VD, bias_V, target_N, sampled_S, self.log_q_V
+        )
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker runs; all of them take the same decisions at the same steps."""
+    run: Run = ray.get(config["run"])
+    train = run.train
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    shard: Shard = ray.get(run.shards[rank])
+    os.nice(train.niceness)
+    torch.set_num_threads(train.threads_per_worker)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(run.seed + rank)
+
+    model, device = run.start, get_device()
+    wrapped = prepare_model(
+        NextItemLoss(model, popularity=run.popularity, negatives=train.sampled_negatives)
+    )
+    optimizer = adamw(model, weight_decay=train.weight_decay)
+    progress = resume(model, optimizer)
+    past, whole = (
+        Lines(
+            sequences,
+            line_events=train.line_events,
+            batch_lines=train.batch_lines,
+            seed=[run.seed, rank],
+        )
+        for sequences in (shard.past(), shard.sequences)
+    )
+    if run.has_parent and progress.parent is None:
+        progress.parent = summed(judge(model, shard, popularity=run.popularity))
+
+    begin = time.monotonic() - progress.elapsed_s
+    loss = torch.tensor(float("nan"))
+    said_s = saved_s = progress.elapsed_s
+    model.train()
+    while True:
+        progress.elapsed_s = of_rank_0(time.monotonic() - begin)
+        done = max(progress.step / run.total_steps, progress.elapsed_s / run.max_s)
+        if progress.quality is None and done >= REVEAL:
+            progress.quality = summed(judge(model, shard, popularity=run.popularity))
+        if done >= 1:
+            break
+        if rank == 0 and progress.elapsed_s >= said_s + PROGRESS_EVERY_S:
+            said_s = progress.elapsed_s
+            left_s = said_s * (1 - done) / done
+            print(
+                f"{done:.0%}  step {progress.step}  loss {loss:.3f}  {left_s:.0f} s left",
+                flush=True,
+            )
+        if progress.elapsed_s >= saved_s + train.checkpoint_every_s:
+            saved_s = progress.elapsed_s
+            report(model, optimizer, progress, loss)
+
+        lines = past if progress.quality is None else whole
+        batch = [column.to(device) for column in lines.batch(progress.step)]
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate * schedule(done, warm_up=train.warm_up)
+        loss = wrapped(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss = loss.detach()
+        progress.step += 1
+    report(model, optimizer, progress, loss)
+
+
+def schedule(done: float, *, warm_up: float) -> float:
+    """Share of the learning rate: linear up over `warm_up` of the run, then linear down to 0."""
+    return min(1.0, (done + 1e-3) / warm_up) * (1 - done)
+
+
+def adamw(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
+    """No decay for biases and norms; a second moment that forgets in 50 steps, for short runs."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+
+
+def report(
+    model: Teacher, optimizer: torch.optim.Optimizer, progress: Progress, loss: Tensor
+) -> None:
+    """Checkpoint (rank 0) and metrics (all: Ray Train waits for every worker)."""
+    metrics = {"loss": float(loss), **dataclasses.asdict(progress)}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save(Path(temporary))
+        state = {"optimizer": optimizer.state_dict(), "progress": dataclasses.asdict(progress)}
+        torch.save(state, Path(temporary) / TRAINING)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(temporary))
+
+
+def resume(model: Teacher, optimizer: torch.optim.Optimizer) -> Progress:
+    """Go on from the last checkpoint of this run, if there is one."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Progress()
+    with checkpoint.as_directory() as directory:
+        model.load_state_dict(Teacher.load(Path(directory)).state_dict())
+        state = torch.load(Path(directory) / TRAINING, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    stored = state["progress"]
+    for name in ("parent", "quality"):
+        stored[name] = Quality(**stored[name]) if stored[name] else None
+    stored["resumed"] += 1
+    progress = Progress(**stored)
+    print(f"resuming at step {progress.step}", flush=True)
+    return progress
+
+
+def of_rank_0(value: float) -> float:
+    """What rank 0 measured, on every worker."""
+    if ray.train.get_context().get_world_size() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=get_device())
+    torch.distributed.broadcast(shared, src=0)
+    return float(shared)
+
+
+def summed(quality: Quality) -> Quality:
+    """Over all workers."""
+    if ray.train.get_context().get_world_size() == 1:
+        return quality
+    sums = torch.tensor(dataclasses.astuple(quality), dtype=torch.float64, device=get_device())
+    torch.distributed.all_reduce(sums)
+    events, teacher, popularity = sums.tolist()
+    return Quality(events=events, teacher=teacher, popularity=popularity)
+
+
+def _remove(uri: str) -> None:
+    """Delete a finished run's checkpoints: what counts of them is in the registry now."""
+    if "://" in uri:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+        filesystem.delete_dir(path)
+    else:
+        shutil.rmtree(uri, ignore_errors=True)
