@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict, predict_popular
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received, answer_lists
-from ray_jobs.teachers import Asked, Teachers
+from ray_jobs.teachers import Asked, Teaching
 from ray_jobs.warm_up import warm_up
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
@@ -58,18 +58,22 @@ class Distiller:
 
     A tick learns the batch before, and only then predicts its own, whose labels the teachers work
     out meanwhile: every prediction knows all that came before it, and nobody waits for long.
+
+    `keep` stores a checkpoint. `scored` hears of each micro-batch's ranks, by who predicted them,
+    before it is learned; they are of the batch's first targets: the new events.
     """
 
     def __init__(
         self,
         state: State,
         source: Source,
-        teachers: Teachers,
+        teachers: Teaching,
         *,
         settings: Settings,
         config: DistillConfig,
         peers: Peers,
         keep: Callable[[], None],
+        scored: Callable[[MicroBatch, Mapping[str, Ranks]], None] = lambda batch, ranks: None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = state
@@ -79,6 +83,7 @@ class Distiller:
         self._config = config
         self._peers = peers
         self._keep = keep
+        self._scored = scored
         self._now_s = now_s
         self._clock_s = now_s()
         self._items = EventLog(settings.offline, ITEMS)
@@ -258,6 +263,7 @@ class Distiller:
         if stale is not None:
             ranks["stale_teacher"] = stale
         self.state.quality.add(ranks)
+        self._scored(pending.batch, ranks)
 
     def _trust(self) -> float:
         counters, offsets = self.state.counters, self._teachers.offsets

@@ -79,6 +79,7 @@ class MicroBatch:
     """What models need to score and learn N targets.
 
     at_N: the event in E whose hidden state predicts the target; `COLD` where there is none.
+    key_N: which event the target is (`EVENT`'s key).
     seen_S, seen_row_S: target `seen_S` belongs to a user who had interacted with `seen_row_S`.
     """
 
@@ -88,6 +89,7 @@ class MicroBatch:
     lengths: Ints  # of the sequences
     at_N: Ints
     target_N: Ints
+    key_N: Ints
     seen_S: Ints
     seen_row_S: Ints
 
@@ -107,6 +109,7 @@ class MicroBatch:
         lengths: list[int] = []
         at: list[Ints] = []
         targets: list[Ints] = []
+        keys: list[Ints] = []
         seen: list[Ints] = []
         seen_rows: list[Ints] = []
         n_events = n_targets = 0
@@ -122,6 +125,7 @@ class MicroBatch:
                 lengths.append(len(rows[-1]))
                 at.append(np.where(chunk > 0, n_events + chunk - 1 - first, COLD))
                 targets.append(row[chunk])
+                keys.append(user.events["key"][chunk])
                 # Before place p of the events in time order stand exactly p of them.
                 seen.append(np.repeat(np.arange(n_targets, n_targets + len(chunk)), chunk))
                 seen_rows.extend(row[:place] for place in chunk)
@@ -134,6 +138,7 @@ class MicroBatch:
             lengths=np.array(lengths, np.int64),
             at_N=_joined(at),
             target_N=_joined(targets),
+            key_N=_joined(keys),
             seen_S=_joined(seen),
             seen_row_S=_joined(seen_rows),
         )

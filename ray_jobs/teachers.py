@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -76,6 +76,21 @@ class Asked:
     stale: "ray.ObjectRef[Labels] | None" = None
     version: int | None = None  # the current teacher's, when it was asked
     same: bool = False  # it was the first one
+
+
+class Teaching(Protocol):
+    """What the job needs of teachers; an evaluation brings ones that need no actors."""
+
+    version: int | None
+    first: int | None
+    offsets: Mapping[int, int]
+
+    def align(self, catalog: Catalog) -> None: ...
+    def look(self) -> None: ...
+    def items(self) -> Items | None: ...
+    def ask_labels(self, batch: MicroBatch) -> Asked: ...
+    def ask(self, batch: MicroBatch, *, stale: bool, **how: Any) -> Asked: ...
+    def answer(self, asked: Asked) -> tuple[Labels | None, Ranks | None]: ...
 
 
 class Teachers:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ray_jobs import replay
@@ -13,10 +14,10 @@ from ray_jobs.checkpoint import Counters, State
 from ray_jobs.histories import Histories
 from ray_jobs.learner import adam, learn, start_from
 from ray_jobs.microbatch import MicroBatch, UserNews, absorb, group
-from ray_jobs.peers import Peers
+from ray_jobs.peers import ALONE, Peers
 from ray_jobs.recipes import DistillConfig, Recipe
 from ray_jobs.stream import COLUMNS, Received
-from ray_jobs.teachers import Asked, Teachers
+from ray_jobs.teachers import Asked, Teaching
 from services.core.catalog import Catalog
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
@@ -37,16 +38,35 @@ def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
     events, items = EventLog(settings.offline), EventLog(settings.offline, ITEMS)
     end = resume_offsets(settings, events)
     items_until = items.end()
+    state = state_of(
+        Received.of_log(events.read(until=end, columns=COLUMNS)),
+        items.read(until=items_until),
+        recipe=recipe,
+        seed=settings.seed,
+        peers=peers,
+    )
+    state.counters.items_until = {str(partition): at for partition, at in items_until.items()}
+    state.learned({p: at for p, at in end.items() if p % peers.world == peers.rank})
+    return state
+
+
+def state_of(
+    received: Received, items: pa.Table, *, recipe: Recipe, seed: int, peers: Peers = ALONE
+) -> State:
+    """A new student that remembers what was received; `items` as `Catalog.describe` takes them."""
     catalog = Catalog()
-    catalog.describe(items.read(until=items_until))
-    received = Received.of_log(events.read(until=end, columns=COLUMNS))
+    catalog.describe(items)
     arrivals = received.arrivals(catalog)
     catalog.observe(arrivals.events["row"].astype(np.int64))
     histories = Histories(keep=recipe.distill.keep_events)
     absorb(group(arrivals.owned(peers.rank, peers.world), histories), histories)
     student = Student(recipe.student, n_rows=len(catalog))
     student.describe(catalog.content)
-    state = State(
+    logger.info(
+        "the log holds %d events of %d users; the catalog %d items",
+        *(len(received), len(histories), len(catalog) - 1),
+    )
+    return State(
         student=student,
         optimizer=adam(student, recipe.distill),
         catalog=catalog,
@@ -54,21 +74,12 @@ def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
         positions={},
         ledger={},
         quality=Prequential(),
-        counters=Counters(
-            learning_rate=recipe.distill.learning_rate,
-            items_until={str(partition): at for partition, at in items_until.items()},
-        ),
-        rng=np.random.default_rng([settings.seed, peers.rank]),
+        counters=Counters(learning_rate=recipe.distill.learning_rate),
+        rng=np.random.default_rng([seed, peers.rank]),
     )
-    state.learned({p: at for p, at in end.items() if p % peers.world == peers.rank})
-    logger.info(
-        "the log holds %d events of %d users; the catalog %d items",
-        *(len(received), len(histories), len(catalog) - 1),
-    )
-    return state
 
 
-def warm_up(state: State, teachers: Teachers, config: DistillConfig, peers: Peers) -> None:
+def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peers) -> None:
     """Learn the latest of the log in random order, until its epochs or its seconds are over.
 
     The learning rate rises, then falls to the stream's over whichever of the two ends first.
