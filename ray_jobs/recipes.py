@@ -34,6 +34,7 @@ class TrainConfig:
     warm_up: float = 0.05  # share of the run over which the learning rate rises
     weight_decay: float = 0.01
     sampled_negatives: int = 0  # 0: full softmax
+    mask_seen: bool = True  # in the full softmax: what the user has had is no rival of the target
     last_slice: float = 0.02  # newest share of the log, judged before it is learned
     max_worse: float = 0.05  # a refresh this much worse there than its parent isn't promoted
     checkpoint_every_s: float = 30.0
@@ -98,7 +99,9 @@ class Recipe:
 
 def tiny_cpu() -> Recipe:
     """Two cores, a million events: teacher in 100 s, refreshes in less, a 1 ms student."""
-    teacher = EncoderConfig(dim=128, n_layers=2, n_heads=4, max_len=128, content_buckets=2048)
+    teacher = EncoderConfig(
+        dim=128, n_layers=2, n_heads=4, max_len=128, n_recent=4, content_buckets=2048
+    )
     return Recipe(
         name="tiny_cpu",
         teacher=teacher,

@@ -28,6 +28,7 @@ from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.teacher_data import History, Lines, Shard
 from ray_jobs.teacher_quality import Quality, judge
 from services.core import losses
+from services.core.models.encoder import attention_mask
 from services.core.models.teacher import Teacher
 
 REVEAL = 0.85  # of the run; what follows learns the newest events
@@ -144,10 +145,13 @@ class NextItemLoss(nn.Module):
 
     log_q_V: Tensor
 
-    def __init__(self, model: Teacher, *, popularity: NDArray[np.float64], negatives: int) -> None:
+    def __init__(
+        self, model: Teacher, *, popularity: NDArray[np.float64], negatives: int, mask_seen: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.negatives = negatives
+        self.mask_seen = mask_seen
         q_V = torch.tensor(popularity).float().pow(0.75)
         q_V[1:] += 1e-3 * q_V.mean()  # every item may be drawn
         self.register_buffer("log_q_V", torch.log(q_V / q_V.sum()))
@@ -160,11 +164,18 @@ class NextItemLoss(nn.Module):
         hidden_ND, target_N = hidden_BLD[y_BL > 0], y_BL[y_BL > 0]
         bias_V = self.model.bias_V
         if self.negatives == 0:
-            return losses.full_softmax(hidden_ND, table_VD, bias_V, target_N)
+            seen_NL = seen_before(rows_BL, segments_BL)[y_BL > 0] if self.mask_seen else None
+            return losses.full_softmax(hidden_ND, table_VD, bias_V, target_N, seen_NL=seen_NL)
         sampled_S = torch.multinomial(self.log_q_V.exp(), self.negatives, replacement=True)
         return losses.sampled_softmax(
             hidden_ND, table_VD, bias_V, target_N, sampled_S, self.log_q_V
         )
+
+
+def seen_before(rows_BL: Tensor, segments_BL: Tensor) -> Tensor:
+    """seen_BLL: the rows of a line that the user of each position has had by then; else 0."""
+    earlier_BLL = attention_mask(rows_BL.shape[1], rows_BL.shape[1], segments_BL, rows_BL.device)
+    return rows_BL[:, None, :] * earlier_BLL[:, 0]
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -181,7 +192,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
     model, device = run.start, get_device()
     wrapped = prepare_model(
-        NextItemLoss(model, popularity=run.popularity, negatives=train.sampled_negatives)
+        NextItemLoss(
+            model,
+            popularity=run.popularity,
+            negatives=train.sampled_negatives,
+            mask_seen=train.mask_seen,
+        )
     )
     optimizer = adamw(model, weight_decay=train.weight_decay)
     progress = resume(model, optimizer)
@@ -246,7 +262,7 @@ def adamw(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
 def report(

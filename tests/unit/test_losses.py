@@ -18,15 +18,22 @@ def test_full_softmax_is_cross_entropy_and_so_are_its_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     targets_N = torch.randint(1, V, (300,), generator=generator)  # more than one block
     weights_N = torch.rand(300, generator=generator)
+    seen_NL = torch.randint(0, V, (300, 7), generator=generator)
+    seen_NL[:5, 0] = targets_N[:5]  # had again: no rival of itself
     results = []
     for fused in (True, False):
         generator.manual_seed(1)
         inputs = [torch.randn(*s, generator=generator) for s in ((300, D), (V, D), (V,))]
         hidden_ND, table_VD, bias_V = (x.requires_grad_() for x in inputs)
         if fused:
-            loss = losses.full_softmax(hidden_ND, table_VD, bias_V, targets_N, weights_N)
+            loss = losses.full_softmax(
+                hidden_ND, table_VD, bias_V, targets_N, weights_N, seen_NL=seen_NL
+            )
         else:
             scores_NV = hidden_ND @ table_VD.T + bias_V
+            out_NV = torch.zeros(300, V, dtype=torch.bool).scatter(1, seen_NL, True)
+            out_NV = out_NV.scatter(1, targets_N[:, None], False)
+            scores_NV = scores_NV.masked_fill(out_NV, -torch.inf)
             loss_N = F.cross_entropy(scores_NV[:, 1:], targets_N - 1, reduction="none")
             loss = (loss_N * weights_N).sum() / weights_N.sum()
         (3 * loss).backward()

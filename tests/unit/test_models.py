@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from services.core.losses import full_softmax
 from services.core.metrics import ndcg_at, ranks_of
@@ -16,8 +17,8 @@ from services.core.models.student import Student, StudentConfig
 from services.core.models.teacher import Teacher
 
 N_ROWS, N_CONTENT = 40, 16
-TEACHER = EncoderConfig(dim=32, n_layers=2, n_heads=2, max_len=16)
-STUDENT = StudentConfig(dim=16, n_layers=1, n_heads=2, max_len=16, teacher_dim=32)
+TEACHER = EncoderConfig(dim=32, n_layers=2, n_heads=2, max_len=16, n_recent=3)
+STUDENT = StudentConfig(dim=16, n_layers=1, n_heads=2, max_len=16, n_recent=3, teacher_dim=32)
 
 
 def content(n_rows: int = N_ROWS) -> np.ndarray:
@@ -35,6 +36,8 @@ def model(request: pytest.FixtureRequest) -> Recommender:
         else Student(STUDENT, n_rows=N_ROWS)
     )
     made.describe(content())
+    assert made.encoder.recent is not None
+    nn.init.normal_(made.encoder.recent.weight_KD)
     return made.eval()
 
 
@@ -138,6 +141,8 @@ def test_serving_scores_as_training_does(n_events: int, n_layers: int) -> None:
     torch.manual_seed(0)
     student = Student(replace(STUDENT, n_layers=n_layers), n_rows=N_ROWS).eval()
     student.describe(content())
+    assert student.encoder.recent is not None
+    nn.init.normal_(student.encoder.recent.weight_KD)
     rows, types, gaps, _ = inputs(histories(1, n_events), n_events)
     served = student.for_serving().score_next(rows, types, gaps)
     trained = student.scores(student(rows, types, gaps)[:, -1])[0]

@@ -30,6 +30,8 @@ class ServingStudent:
             self._type = encoder.event_type.weight.clone()
             self._gap = encoder.gap.weight.clone()
             self._norm = _Norm.of(encoder.norm)
+            recent = encoder.recent
+            self._recent_KD = recent.weight_KD.clone() if recent else torch.zeros(0, config.dim)
             cos, sin = rotary(self.max_events, config.dim // config.n_heads, bias_V.device)
             self._cos_T1K = torch.cat((cos, cos), dim=-1)[:, None]
             self._sin_T1K = torch.cat((-sin, sin), dim=-1)[:, None]
@@ -51,11 +53,19 @@ class ServingStudent:
         x_LD = self._table_VD[rows_1L[0, at]]
         x_LD += self._type[types_1L[0, at]]
         x_LD += self._gap[gaps_1L[0, at]]
+        x_LD = self._blend(x_LD)
         for block in self._blocks:
             x_LD = block(x_LD, self._cos_T1K, self._sin_T1K)
         scores_V = torch.addmv(self._bias_V, self._table_VD, self._norm(x_LD[-1]))
         scores_V[0] = -torch.inf
         return scores_V
+
+    def _blend(self, x_LD: Tensor) -> Tensor:
+        """`Recent` for one user."""
+        y_LD = x_LD.clone()
+        for back, weight_D in enumerate(self._recent_KD[: len(x_LD) - 1], start=1):
+            y_LD[back:].addcmul_(x_LD[:-back], weight_D)
+        return y_LD
 
 
 @dataclass(frozen=True, eq=False)
