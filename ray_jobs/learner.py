@@ -71,17 +71,16 @@ def loss_terms(
     terms: dict[str, Tensor] = {}
     if config.hard_weight:
         target_N = torch.from_numpy(batch.target_N)[warm_N]
-        scores_NV = student.scores(hidden_ND, table_VD=table_VD)
-        ce_N = torch.nn.functional.cross_entropy(scores_NV, target_N, reduction="none")
-        terms["hard"] = config.hard_weight * (ce_N * weights_N).sum() / weights_N.sum()
+        terms["hard"] = config.hard_weight * losses.full_softmax(
+            hidden_ND, table_VD, student.bias_V, target_N, weights_N
+        )
     if labels is None or trust == 0:
         return terms
     if config.soft_weight:
         rows_NK = torch.from_numpy(labels.rows_NK)[warm_N].long()
         logits_NK = torch.from_numpy(labels.logits_NK)[warm_N].float()
-        soft_NV = student.soft_scores(hidden_ND, table_VD=table_VD)
         terms["soft"] = (trust * config.soft_weight) * losses.soft_labels(
-            soft_NV.gather(1, rows_NK),
+            student.soft_scores(hidden_ND, rows_NK, table_VD=table_VD),
             logits_NK,
             temperature=config.temperature,
             weights_N=weights_N,

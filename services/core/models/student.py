@@ -4,11 +4,14 @@ The head that serves learns from real labels only; the teacher's soft labels go 
 their own, its hidden states to a projection. Both shape the shared encoder, neither bends the
 served scores, and serving drops them.
 
-Shapes: B sequences, L events, N positions, D width, T the teacher's width, V catalog rows.
+Shapes: B sequences, L events, N positions, D width, T the teacher's width, V catalog rows,
+K candidates.
 """
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.core.models.encoder import EncoderConfig
@@ -33,9 +36,11 @@ class Student(Recommender):
         )
         self.to_teacher: nn.Module = nn.Linear(config.dim, config.teacher_dim)
 
-    def soft_scores(self, hidden_ND: Tensor, *, table_VD: Tensor | None = None) -> Tensor:
-        """scores_NV of the tower that learns soft labels; not what is served."""
-        return self.scores(hidden_ND + self.soft_tower(hidden_ND), table_VD=table_VD)
+    def soft_scores(self, hidden_ND: Tensor, rows_NK: Tensor, *, table_VD: Tensor) -> Tensor:
+        """scores_NK of the tower that learns soft labels, of a teacher's candidates; not served."""
+        tower_ND = hidden_ND + self.soft_tower(hidden_ND)
+        candidates_NKD = F.embedding(rows_NK, table_VD)
+        return torch.einsum("nd,nkd->nk", tower_ND, candidates_NKD) + self.bias_V[rows_NK]
 
     def teacher_hidden(self, hidden_ND: Tensor) -> Tensor:
         """hidden_NT: our guess of the teacher's hidden state."""
