@@ -31,6 +31,7 @@ class TrainConfig:
     batch_lines: int  # packed lines per step and worker
     learning_rate: float
     refresh_learning_rate: float
+    muon_factor: float = 3.3  # Muon's learning rate (the blocks' matrices) over AdamW's (the rest)
     warm_up: float = 0.05  # share of the run over which the learning rate rises
     weight_decay: float = 0.01
     sampled_negatives: int = 0  # 0: full softmax
@@ -57,6 +58,7 @@ class DistillConfig:
     hard_weight: float = 1.0
     soft_weight: float = 2.0
     hidden_weight: float = 1.0
+    mask_seen: bool = True  # what the user has had is no rival of a hard label
     temperature: float = 2.0
     top_k: int = 64  # teacher candidates per event
     context_events: int = 50  # before the new events of a sequence

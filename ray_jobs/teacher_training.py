@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import Tensor, nn
 
+from ray_jobs.muon import Muon
 from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.teacher_data import History, Lines, Shard
 from ray_jobs.teacher_quality import Quality, judge
@@ -199,8 +200,8 @@ def train_worker(config: dict[str, Any]) -> None:
             mask_seen=train.mask_seen,
         )
     )
-    optimizer = adamw(model, weight_decay=train.weight_decay)
-    progress = resume(model, optimizer)
+    optimizers = optimizers_of(model, learning_rate=run.learning_rate, train=train)
+    progress = resume(model, optimizers)
     past, whole = (
         Lines(
             sequences,
@@ -233,20 +234,21 @@ def train_worker(config: dict[str, Any]) -> None:
             )
         if progress.elapsed_s >= saved_s + train.checkpoint_every_s:
             saved_s = progress.elapsed_s
-            report(model, optimizer, progress, loss)
+            report(model, optimizers, progress, loss)
 
         lines = past if progress.quality is None else whole
         batch = [column.to(device) for column in lines.batch(progress.step)]
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate * schedule(done, warm_up=train.warm_up)
         loss = wrapped(*batch)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(done, warm_up=train.warm_up)
+            optimizer.step()
         loss = loss.detach()
         progress.step += 1
-    report(model, optimizer, progress, loss)
+    report(model, optimizers, progress, loss)
 
 
 def schedule(done: float, *, warm_up: float) -> float:
@@ -254,20 +256,28 @@ def schedule(done: float, *, warm_up: float) -> float:
     return min(1.0, (done + 1e-3) / warm_up) * (1 - done)
 
 
-def adamw(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """No decay for biases and norms; a second moment that forgets in 50 steps, for short runs."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+Optimizers = list[torch.optim.Optimizer]
+
+
+def optimizers_of(model: Teacher, *, learning_rate: float, train: TrainConfig) -> Optimizers:
+    """Muon for the matrices of the blocks, AdamW for the rest: no decay for biases and norms, a
+    second moment that forgets in 50 steps, for short runs. `peak`: what the schedule scales."""
+    blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is block for block in blocks)]
+    decay = train.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+    muon = Muon(blocks, lr=learning_rate * train.muon_factor, weight_decay=decay)
+    for optimizer in (adamw, muon):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [adamw, muon]
 
 
-def report(
-    model: Teacher, optimizer: torch.optim.Optimizer, progress: Progress, loss: Tensor
-) -> None:
+def report(model: Teacher, optimizers: Optimizers, progress: Progress, loss: Tensor) -> None:
     """Checkpoint (rank 0) and metrics (all: Ray Train waits for every worker)."""
     metrics = {"loss": float(loss), **dataclasses.asdict(progress)}
     if ray.train.get_context().get_world_rank() != 0:
@@ -275,12 +285,15 @@ def report(
         return
     with tempfile.TemporaryDirectory() as temporary:
         model.save(Path(temporary))
-        state = {"optimizer": optimizer.state_dict(), "progress": dataclasses.asdict(progress)}
+        state = {
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "progress": dataclasses.asdict(progress),
+        }
         torch.save(state, Path(temporary) / TRAINING)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(temporary))
 
 
-def resume(model: Teacher, optimizer: torch.optim.Optimizer) -> Progress:
+def resume(model: Teacher, optimizers: Optimizers) -> Progress:
     """Go on from the last checkpoint of this run, if there is one."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -288,7 +301,8 @@ def resume(model: Teacher, optimizer: torch.optim.Optimizer) -> Progress:
     with checkpoint.as_directory() as directory:
         model.load_state_dict(Teacher.load(Path(directory)).state_dict())
         state = torch.load(Path(directory) / TRAINING, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     stored = state["progress"]
     for name in ("parent", "quality"):
         stored[name] = Quality(**stored[name]) if stored[name] else None

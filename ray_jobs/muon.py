@@ -1,0 +1,60 @@
+"""Muon (Jordan et al. 2024): a matrix moves by its momentum made orthogonal, so that every
+direction of it learns at the same pace.
+
+MovieLens-1M, teacher of dim 64, 80 s on one core: NDCG@10 .1655, with AdamW .1559. torch.optim.Muon
+is the same in bfloat16, which most CPUs emulate: there it nearly doubles the time of a step.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ: Final = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS: Final = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """For the matrices of hidden layers; embeddings, biases and norms want AdamW.
+
+    An update is `lr` times an orthogonal matrix, times sqrt(rows / columns) of a tall one.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(matrices, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum"] = torch.zeros_like(matrix)
+                state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
+                ahead = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+                tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(orthogonal(ahead), alpha=-group["lr"] * tall)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of the singular value decomposition U S V^T: S becomes .7 to 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp_min(1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
