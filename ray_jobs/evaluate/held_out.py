@@ -92,7 +92,11 @@ def _popularity(given: Given, say: Say) -> dict[str, Outcome]:
 
 def _teacher(given: Given, say: Say) -> dict[str, Outcome]:
     log, first = split_of(given)
-    say(0.01, f"training on {first:,} events")
+    limits = given.recipe.train
+    say(
+        0.0,
+        f"training on {first:,} events: {limits.max_epochs} epochs or {limits.max_train_s:.0f} s",
+    )
     trained = trained_on(log, first, given)
     model = trained.model
     say(0.95, f"ranking {len(log) - first:,} events")
