@@ -21,7 +21,8 @@ Content = NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labels:
-    """What a teacher says of N targets. `ranks` are of the first of them: those to be scored."""
+    """What a teacher says of N targets: the best items that their users haven't had, at -inf
+    where there are fewer. `ranks` are of the first targets: those to be scored."""
 
     rows_NK: NDArray[np.int32]
     logits_NK: NDArray[np.float16]
@@ -49,7 +50,9 @@ def label(
     ranks = np.zeros(len(batch), np.int64)
     for part in parts(len(batch)):
         scores_MV = teacher.scores(hidden_NT[part], table_VD=table_VD)
-        logits_MK, rows_MK = scores_MV.topk(k, dim=1)
+        # What the user has had won't be ranked: it would only take the candidates' places.
+        seen_MV = batch.seen(teacher.n_rows, part).to(scores_MV.device)
+        logits_MK, rows_MK = scores_MV.masked_fill(seen_MV, -torch.inf).topk(k, dim=1)
         rows_NK[part], logits_NK[part] = rows_MK.int().cpu().numpy(), logits_MK.half().cpu().numpy()
         if part.start < n_ranked and popularity is not None:
             ranks[part] = rank(scores_MV, batch, part, popularity=popularity, known_rows=known_rows)

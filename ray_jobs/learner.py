@@ -72,7 +72,12 @@ def loss_terms(
     if config.hard_weight:
         target_N = torch.from_numpy(batch.target_N)[warm_N]
         terms["hard"] = config.hard_weight * losses.full_softmax(
-            hidden_ND, table_VD, student.bias_V, target_N, weights_N
+            hidden_ND,
+            table_VD,
+            student.bias_V,
+            target_N,
+            weights_N,
+            seen_NL=batch.seen_rows()[warm_N] if config.mask_seen else None,
         )
     if labels is None or trust == 0:
         return terms

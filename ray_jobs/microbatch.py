@@ -167,6 +167,18 @@ class MicroBatch:
             ),
         )
 
+    def seen_rows(self) -> Tensor:
+        """seen_NL: rows that each target's user had interacted with before; 0 where there are
+        fewer than of the one with most."""
+        n_seen_N = np.bincount(self.seen_S, minlength=len(self))
+        width = max(int(n_seen_N.max(initial=1)), 1)
+        begin_N = np.cumsum(n_seen_N) - n_seen_N
+        flat = np.zeros(len(self) * width, np.int64)
+        flat[self.seen_S * width + np.arange(len(self.seen_S)) - begin_N[self.seen_S]] = (
+            self.seen_row_S
+        )
+        return torch.from_numpy(flat.reshape(len(self), width))
+
     def seen(self, n_rows: int, targets: slice) -> Tensor:
         """seen_NV (bool) of some of the targets: what their users had interacted with before."""
         first, last, _ = targets.indices(len(self))

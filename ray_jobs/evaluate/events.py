@@ -21,6 +21,7 @@ from services.core.history import INTERACTIONS
 
 Ints = NDArray[np.int64]
 
+COLUMNS: Final = ("user_N", "row_N", "type_N", "value_N", "time_ms_N", "real_N")
 BOT_EVENTS_SHARE: Final = 0.02  # of the log, in one burst
 BOT_AT: Final = 0.6  # of the log
 BOT_ITEMS: Final = 20
@@ -64,6 +65,10 @@ class Events:
     def half(self) -> int:
         """Where the second half of the real events begins: from there on is judged."""
         return int(np.flatnonzero(self.real_N)[self.real_N.sum() // 2])
+
+    def until(self, last: int) -> "Events":
+        """The first `last` of them."""
+        return replace(self, **{name: getattr(self, name)[:last] for name in COLUMNS})
 
     def catalog(self, until: int) -> Catalog:
         """As known after the first `until` events, not observed: every larger one begins alike."""
@@ -177,7 +182,7 @@ def _injected(events: Events, after: Ints, changes: dict[str, Any]) -> Events:
     """Copies of the events at `after`, with `changes`, each put right behind its original."""
     order = np.argsort(np.concatenate([np.arange(len(events)), after]), kind="stable")
     columns: dict[str, Any] = {}
-    for name in ("user_N", "row_N", "type_N", "value_N", "time_ms_N", "real_N"):
+    for name in COLUMNS:
         column = getattr(events, name)
         new = np.zeros(len(after), bool) if name == "real_N" else changes.get(name, column[after])
         columns[name] = np.concatenate([column, new])[order]

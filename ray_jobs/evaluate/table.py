@@ -5,10 +5,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs.evaluate.results import Bootstrap, Outcome
+from services.core.metrics import gains_at
 
 Line = Mapping[str, Any]  # column -> value; a pair of numbers is an interval
 
@@ -58,6 +60,23 @@ def plot_bars(lines: Sequence[Line], path: Path, *, metric: str, title: str) -> 
     axes.set_yticks(range(len(lines)), [line["row"] for line in reversed(lines)])
     axes.set_xlabel(metric)
     axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def plot_over(outcomes: Mapping[str, Outcome], path: Path, *, title: str, parts: int = 25) -> None:
+    """NDCG@10 along the stream, each point the mean of an equal part of it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, outcome in outcomes.items():
+        pieces = np.array_split(gains_at(outcome.rank_N, 10), parts)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        axes.plot(ends, [piece.mean() for piece in pieces], label=name)
+    axes.set_xlabel("events of the second half")
+    axes.set_ylabel("ndcg@10")
+    axes.set_title(title)
+    axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
 
 

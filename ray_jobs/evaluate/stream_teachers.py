@@ -1,0 +1,127 @@
+"""The teachers of a stream: the first trained on its first half, the others refreshed along it.
+
+Kept by what they depend on, so that every row and every ablation of one log shares them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ray_jobs import recipes
+from ray_jobs.evaluate.baselines import Refreshed
+from ray_jobs.evaluate.events import Events, LogChoice, load
+from ray_jobs.evaluate.held_out import Frozen
+from ray_jobs.evaluate.judging import STEP_EVENTS, Past, Scores, walk
+from ray_jobs.evaluate.results import Cost, Outcome
+from ray_jobs.evaluate.rows import Say, peak_mb
+from ray_jobs.evaluate.students import CATALOG, forward_ms, load_teacher, save_teacher
+from ray_jobs.labels import aligned
+from ray_jobs.recipes import TrainConfig
+from ray_jobs.teacher_data import history_of
+from ray_jobs.teacher_training import train
+from services.core.models.encoder import EncoderConfig
+
+COST = "cost.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """What the teachers depend on, and `home`, where they are kept. The first is fitted at the
+    half of the log, `fits` of them in all, at equal distances."""
+
+    log: LogChoice
+    recipe: str
+    teacher: EncoderConfig
+    train: TrainConfig
+    fits: int
+    home: Path
+
+    def places(self, events: Events) -> list[int]:
+        """How many events each has learned."""
+        every = fit_every(events, self.fits)
+        return [events.half + fit * every for fit in range(self.fits)]
+
+    @property
+    def folder(self) -> Path:
+        depends = json.dumps(asdict(replace(self, home=Path())), sort_keys=True, default=str)
+        return self.home / hashlib.sha256(depends.encode()).hexdigest()[:16]
+
+
+def fit_every(events: Events, fits: int) -> int:
+    """Events of the stream between two fits."""
+    return -(-(len(events) - events.half) // fits)
+
+
+def train_chain(chain: Chain, say: Say) -> dict[str, Outcome]:
+    """Train those that aren't kept yet, each from the one before."""
+    events = load(chain.log)
+    recipe = replace(recipes.load(chain.recipe), teacher=chain.teacher, train=chain.train)
+    parent, learned = None, 0
+    for fit, until in enumerate(chain.places(events)):
+        say(fit / chain.fits, f"{'refreshing' if fit else 'training'} on {until:,} events")
+        directory = chain.folder / str(until)
+        if not (directory / CATALOG).exists():
+            history = history_of(
+                events.interactions(until),
+                catalog=events.catalog(until),
+                n_shards=recipe.train.num_workers,
+                last_slice=recipe.train.last_slice,
+                unseen_E=np.arange(until) >= learned,
+            )
+            trained = train(
+                recipe,
+                history,
+                parent=parent,
+                seed=chain.log.seed,
+                checkpoints=str(chain.home / "checkpoints"),
+            )
+            directory.mkdir(parents=True, exist_ok=True)
+            took = {name: trained.metrics[name] for name in ("elapsed_s", "step")}
+            (directory / COST).write_text(json.dumps(took))
+            save_teacher(trained.model, history.catalog, directory)
+        parent, learned = load_teacher(directory)[0], until
+    return {}
+
+
+def kept_teachers(chain: Chain, events: Events) -> dict[int, Path]:
+    """By place, once `train_chain` has run."""
+    return {until: chain.folder / str(until) for until in chain.places(events)}
+
+
+def judge_chain(chain: Chain, events: Events, *, stale: bool, say: Say) -> Outcome:
+    """The teachers' ranks, each of the events until the next one; `stale`: the first one's of all.
+
+    They read as much of each user's past as two of their layers reach.
+    """
+    kept = kept_teachers(chain, events)
+    first, every = events.half, fit_every(events, chain.fits)
+    catalog = events.catalog(len(events))
+    ids = catalog.ids(range(1, len(catalog)))
+
+    def fit(at: int) -> Callable[[slice], Scores]:
+        teacher, own = load_teacher(kept[first if stale else max(p for p in kept if p <= at)])
+        model = aligned(teacher, own, item_ids=ids, content=catalog.content)
+        segment = events.until(at + every + STEP_EVENTS)  # steps don't end where fits are due
+        return Frozen(model, segment, at).step
+
+    outcome = walk(
+        Refreshed(fit, first=first, every=every),
+        events,
+        Past(events.user_N, events.row_N),
+        first=first,
+        last=len(events),
+        say=say,
+    )
+    teacher, _ = load_teacher(kept[first])
+    took = [json.loads((kept[place] / COST).read_text()) for place in kept]
+    cost = Cost(
+        parameters=teacher.n_parameters,
+        forward_ms=forward_ms(teacher, context=2 * teacher.config.max_len),
+        train_s=sum(each["elapsed_s"] for each in took[: 1 if stale else None]),
+        peak_mb=peak_mb(),
+    )
+    return replace(outcome, cost=cost, notes={"fits": took})
