@@ -118,6 +118,17 @@ def demo(
     Demo(_settings(), dataset=dataset, rate=rate, max_events=events or None, limit_s=limit_s).run()
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,  # its own says more
+)
+def evaluate(context: typer.Context) -> None:
+    """Measure quality by a protocol: stream, successive, leave-one-out or blocks."""
+    from ray_jobs.evaluate.__main__ import main as measure
+
+    measure(context.args)
+
+
 @app.command()
 def recommend(
     user: Annotated[str, typer.Argument(help="user id; empty for an anonymous session")] = "",

@@ -26,9 +26,9 @@ MAX_DENSE_ROWS: Final = 20_000  # beyond it a table of rows x rows takes more th
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "popularity": {"half_life_events": 50_000.0},
-    "ease": {"last": 20, "regularisation": 500.0},
-    "markov": {"reach": 5, "fading": 1.0, "norm": 0.0},
-    "factorisation": {"factors": 64, "last": 20, "regularisation": 0.1, "alpha": 10.0},
+    "ease": {"last": 5, "regularisation": 2000.0},
+    "markov": {"reach": 5, "fading": 0.5, "norm": 0.5},
+    "factorisation": {"factors": 64, "last": 10, "regularisation": 10.0, "alpha": 1.0},
 }
 
 

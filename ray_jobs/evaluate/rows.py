@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import ray
 from rich.console import Console
 
 from ray_jobs.evaluate.results import Outcome, saved_key
+from services.core.errors import RefluxError
 
 Say = Callable[[float, str], None]  # share of the work done, and what is being done
 LOOK_EVERY_S = 1.0
@@ -54,9 +56,21 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, console: Console | None = None) 
     kept = sum(bool(job.rows) and job.name not in wanted for job in jobs)
     console.print(f"{len(todo)} jobs to run, {kept} done before; rows in {out / 'rows'}")
     if todo:
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        start_ray()
         _run(todo, out, console)
     return {row: _path(out, row) for job in jobs for row in job.rows}
+
+
+def start_ray() -> None:
+    """The Ray that RAY_ADDRESS names; without one a local Ray for this run alone."""
+    if ray.is_initialized():
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+    else:
+        # By default it would write a token into the home folder, which later ones then demand.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
 
 
 def _run(jobs: Sequence[Job], out: Path, console: Console) -> None:
@@ -67,7 +81,7 @@ def _run(jobs: Sequence[Job], out: Path, console: Console) -> None:
             job, str(out), board, *(refs[need] for need in job.needs if need in refs)
         )
     waiting = {ref: name for name, ref in refs.items()}
-    failed: list[Exception] = []
+    failed: list[str] = []
     told_s = 0.0
     while waiting:
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_EVERY_S)
@@ -77,13 +91,13 @@ def _run(jobs: Sequence[Job], out: Path, console: Console) -> None:
                 console.print(f"{name}: done in {ray.get(ref):.0f} s")
             except ray.exceptions.RayError as error:
                 console.print(f"{name}: FAILED\n{error}", markup=False)
-                failed.append(error)
+                failed.append(name)
         if time.monotonic() - told_s > TELL_EVERY_S:
             told_s = time.monotonic()
             for line in ray.get(board.lines.remote()):
                 console.print(line, markup=False)
     if failed:
-        raise failed[0]
+        raise RefluxError(f"failed: {', '.join(failed)}; what is done is kept")
 
 
 @ray.remote(max_calls=1)  # a process of its own, so that peak memory is its own
