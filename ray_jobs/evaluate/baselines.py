@@ -26,8 +26,8 @@ MAX_DENSE_ROWS: Final = 20_000  # beyond it a table of rows x rows takes more th
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "popularity": {"half_life_events": 50_000.0},
-    "ease": {"last": 5, "regularisation": 2000.0},
-    "markov": {"reach": 5, "fading": 0.5, "norm": 0.5},
+    "ease": {"last": 10, "regularisation": 1000.0},
+    "markov": {"reach": 10, "fading": 0.75, "norm": 0.75},
     "factorisation": {"factors": 64, "last": 10, "regularisation": 10.0, "alpha": 1.0},
 }
 
