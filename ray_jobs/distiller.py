@@ -182,6 +182,7 @@ class Distiller:
                 state.rng,
                 users=config.replay_users,
                 window=config.context_events,
+                ordered=state.student.config.ordered,
                 leave_out={user.user_id for user in news},
             )
             if n_new and config.replay_weight

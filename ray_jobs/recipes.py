@@ -34,6 +34,7 @@ class TrainConfig:
     muon_factor: float = 3.3  # Muon's learning rate (the blocks' matrices) over AdamW's (the rest)
     warm_up: float = 0.05  # share of the run over which the learning rate rises
     weight_decay: float = 0.01
+    spectral_start: bool = False  # items begin as co-occurrence places them, not at random
     sampled_negatives: int = 0  # 0: full softmax
     mask_seen: bool = True  # in the full softmax: what the user has had is no rival of the target
     last_slice: float = 0.02  # newest share of the log, judged before it is learned
@@ -120,7 +121,7 @@ def tiny_cpu() -> Recipe:
             line_events=256,
             batch_lines=2,
             learning_rate=6e-3,
-            refresh_learning_rate=2e-3,
+            refresh_learning_rate=4e-3,
         ),
     )
 
@@ -138,6 +139,42 @@ def smoke_cpu() -> Recipe:
             tiny.train, num_workers=1, max_epochs=3, max_train_s=15, refresh_epochs=1
         ),
         distill=dataclasses.replace(tiny.distill, warm_up_s=8, warm_up_epochs=1),
+    )
+
+
+def blocks_cpu() -> Recipe:
+    """Interactions without an order (`--protocol blocks`): histories are read as sets."""
+    tiny = tiny_cpu()
+    teacher = EncoderConfig(
+        dim=128, n_layers=0, n_heads=1, max_len=512, ordered=False, dropout=0.3, content_buckets=256
+    )
+    student = StudentConfig(
+        dim=12,
+        n_layers=0,
+        n_heads=1,
+        max_len=512,
+        ordered=False,
+        content_buckets=256,
+        teacher_dim=teacher.dim,
+    )
+    return Recipe(
+        name="blocks_cpu",
+        teacher=teacher,
+        student=student,
+        train=dataclasses.replace(
+            tiny.train,
+            num_workers=1,
+            max_epochs=4,
+            max_train_s=600,
+            refresh_epochs=2,
+            refresh_train_s=300,
+            batch_lines=4,
+            learning_rate=3e-3,
+            refresh_learning_rate=1e-3,
+            weight_decay=0.0,
+            spectral_start=True,
+        ),
+        distill=dataclasses.replace(tiny.distill, context_events=512, warm_up_users=64),
     )
 
 
@@ -189,7 +226,7 @@ def many_gpus() -> Recipe:
 
 
 RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
-    recipe.__name__: recipe for recipe in (tiny_cpu, smoke_cpu, one_gpu, many_gpus)
+    recipe.__name__: recipe for recipe in (tiny_cpu, smoke_cpu, blocks_cpu, one_gpu, many_gpus)
 }
 
 

@@ -19,18 +19,20 @@ def draw(
     *,
     users: int,
     window: int,
+    ordered: bool,
     leave_out: Collection[str] = (),
 ) -> list[UserNews]:
     """One random window of `window` events of each of `users` random users.
 
-    `leave_out`: users who are in the same step with their newest events.
+    ordered: False shuffles a user's events first, for a student that reads them as a set.
+    leave_out: users who are in the same step with their newest events.
     """
     news = []
     for user_id in histories.sample(rng, users):
         n_events = len(histories.of(user_id))
         end = min(n_events, int(rng.integers(1, n_events + window)))
         if user_id not in leave_out:
-            news.append(_window(histories, user_id, end=end, window=window))
+            news.append(_window(histories, user_id, end, window, None if ordered else rng))
     return news
 
 
@@ -40,10 +42,15 @@ def one_pass(
     *,
     users: int,
     window: int,
+    ordered: bool,
     latest_events: int,
 ) -> Iterator[list[UserNews]]:
     """Every event of the `latest_events` last ones once, as windows in random order, `users` of
-    them at a time. Windows begin anywhere, so that each pass cuts histories elsewhere."""
+    them at a time. Windows begin anywhere, so that each pass cuts histories elsewhere.
+
+    Shuffled (`ordered` false), an event of a user with several windows comes once on average.
+    """
+    shuffle = None if ordered else rng
     ends: list[tuple[str, int, int]] = []  # user, end, time of the last event
     for user_id in histories.users():
         events = histories.of(user_id)
@@ -55,16 +62,21 @@ def one_pass(
     order = rng.permutation(len(ends))
     for first in range(0, len(order), users):
         picked = [ends[i] for i in order[first : first + users]]
-        yield [_window(histories, user, end=end, window=window) for user, end, _ in picked]
+        yield [_window(histories, user, end, window, shuffle) for user, end, _ in picked]
 
 
-def _window(histories: Histories, user_id: str, *, end: int, window: int) -> UserNews:
+def _window(
+    histories: Histories, user_id: str, end: int, window: int, shuffle: np.random.Generator | None
+) -> UserNews:
     """The user's first `end` events, the last `window` of them marked new."""
+    events = histories.of(user_id)
+    if shuffle is not None:
+        events = shuffle.permutation(events)
     new = np.zeros(end, bool)
     new[max(0, end - window) :] = True
     return UserNews(
         user_id=user_id,
         partition=histories.partition_of(user_id),
-        events=histories.of(user_id)[:end],
+        events=events[:end],
         new=new,
     )

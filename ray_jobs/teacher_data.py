@@ -159,15 +159,24 @@ def history_of(
 
 
 class Lines:
-    """Endless batches of packed lines: every epoch lays the users end to end in a new order.
+    """Endless batches of packed lines: every epoch lays the users end to end in a new order, and
+    where a user's events have none (`ordered` false), those, too: each becomes the target of
+    others than before.
 
     Batch `step` is always the same one, whichever process asks: that is what resuming needs.
     """
 
     def __init__(
-        self, sequences: Sequences, *, line_events: int, batch_lines: int, seed: list[int]
+        self,
+        sequences: Sequences,
+        *,
+        line_events: int,
+        batch_lines: int,
+        seed: list[int],
+        ordered: bool = True,
     ) -> None:
         self._sequences = sequences
+        self._ordered = ordered
         self._length = line_events
         self._batch_lines = batch_lines
         self._seed = seed
@@ -182,7 +191,8 @@ class Lines:
         if epoch != self._epoch:
             random = np.random.default_rng([*self._seed, epoch])
             users = random.permutation(len(self._sequences.starts) - 1)
-            self._packed = pack(self._sequences, length=self._length, order=users)
+            sequences = self._sequences if self._ordered else self._sequences.shuffled(random)
+            self._packed = pack(sequences, length=self._length, order=users)
             self._order = random.permutation(len(self._packed.targets))
             self._epoch = epoch
         chosen = self._order[at * self._batch_lines : (at + 1) * self._batch_lines]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ray_jobs.muon import Muon
 from ray_jobs.recipes import Recipe, TrainConfig
+from ray_jobs.spectral import start_items
 from ray_jobs.teacher_data import History, Lines, Shard
 from ray_jobs.teacher_quality import Quality, judge
 from services.core import losses
@@ -61,6 +62,8 @@ def train(
         copy.deepcopy(parent) if parent else Teacher(recipe.teacher, n_rows=len(history.catalog))
     )
     model.grow(history.catalog.content)
+    if parent is None and recipe.train.spectral_start:
+        start_items(model, [shard.sequences for shard in history.shards])
     print(f"{model.n_parameters:,} parameters, {history.n_events:,} interactions", flush=True)
     name = f"teacher-{time.time_ns()}"
     try:
@@ -208,6 +211,7 @@ def train_worker(config: dict[str, Any]) -> None:
             line_events=train.line_events,
             batch_lines=train.batch_lines,
             seed=[run.seed, rank],
+            ordered=model.config.ordered,
         )
         for sequences in (shard.past(), shard.sequences)
     )
@@ -269,12 +273,16 @@ def optimizers_of(model: Teacher, *, learning_rate: float, train: TrainConfig) -
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
-    muon = Muon(blocks, lr=learning_rate * train.muon_factor, weight_decay=decay)
-    for optimizer in (adamw, muon):
+    optimizers: Optimizers = [
+        torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+    ]
+    if blocks:
+        rate = learning_rate * train.muon_factor
+        optimizers.append(Muon(blocks, lr=rate, weight_decay=decay))
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return [adamw, muon]
+    return optimizers
 
 
 def report(model: Teacher, optimizers: Optimizers, progress: Progress, loss: Tensor) -> None:

@@ -140,6 +140,7 @@ def _epoch(state: State, config: DistillConfig) -> Iterator[list[UserNews]]:
         state.rng,
         users=config.warm_up_users,
         window=config.context_events,
+        ordered=state.student.config.ordered,
         latest_events=config.warm_up_events,
     )
 

@@ -4,7 +4,6 @@ share. They differ in which events those are.
 Shapes: N events of the log, M of them at a time, H held out, D width, V catalog rows.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from torch import Tensor
 from ray_jobs import recipes
 from ray_jobs.evaluate import events, table
 from ray_jobs.evaluate.events import Events, LogChoice
-from ray_jobs.evaluate.judging import Past, Scores, Trending, walk
+from ray_jobs.evaluate.judging import Past, Scores, Trending, forward_ms, walk
 from ray_jobs.evaluate.options import Options
 from ray_jobs.evaluate.results import Bootstrap, Cost, Outcome
 from ray_jobs.evaluate.rows import Job, Say
@@ -25,8 +24,6 @@ from ray_jobs.teacher_training import Trained, train
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS
 from services.core.models.sequences import sequences_of
 from services.core.models.teacher import Teacher
-
-FORWARD_SAMPLES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +107,7 @@ def _teacher(given: Given, say: Say) -> dict[str, Outcome]:
     )
     cost = Cost(
         parameters=model.n_parameters,
-        forward_ms=forward_ms(model),
+        forward_ms=forward_ms(model, context=2 * model.config.max_len),
         train_s=trained.metrics["elapsed_s"],
     )
     notes = {name: trained.metrics[name] for name in ("step", "loss")}
@@ -166,20 +163,3 @@ class Frozen:
                 held = torch.from_numpy(order_N[begin:end] - self._first)
                 hidden_HD[held] = hidden_LD[begin - end :]
         return hidden_HD
-
-
-def forward_ms(model: Teacher) -> float:
-    """Median time of one user's scores from as many events as are served, on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    events_1L = torch.ones(1, 2 * model.config.max_len, dtype=torch.int64)
-    spent_s = []
-    with torch.inference_mode():
-        table_VD = model.encoder.item_table()
-        for _ in range(FORWARD_SAMPLES):
-            begin_s = time.perf_counter()
-            hidden_1LD = model(events_1L, events_1L, events_1L, table_VD=table_VD)
-            model.scores(hidden_1LD[:, -1], table_VD=table_VD)
-            spent_s.append(time.perf_counter() - begin_s)
-    torch.set_num_threads(threads)
-    return 1000 * float(np.median(spent_s))

@@ -5,6 +5,7 @@ The same rules as `ray_jobs.ranking`, by which the distillation job scores itsel
 Shapes: N events of the log, M of them at a time, S (event, seen row) pairs, V catalog rows.
 """
 
+import time
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from ray_jobs.evaluate.results import Outcome
 from ray_jobs.evaluate.rows import Say
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS
 from services.core.metrics import Ranks, ranks_of
+from services.core.models.recommender import Recommender
 
 Ints = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -110,3 +112,21 @@ def top_rows(scores_MV: Tensor, out_MV: Tensor) -> Ints:
     scores_MV[:, 0] = -torch.inf
     rows: Ints = scores_MV.topk(min(K, scores_MV.shape[1] - 1), dim=1)[1].unique().numpy()
     return rows
+
+
+@torch.no_grad()
+def forward_ms(model: Recommender, *, context: int, times: int = 20) -> float:
+    """Median time of one user's scores over the catalog: `context` events, one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.eval()
+    features = [torch.ones(1, context, dtype=torch.long) for _ in range(3)]
+    table_VD = model.encoder.item_table()
+    took_s = []
+    for _ in range(times):
+        begin_s = time.perf_counter()
+        hidden_1LD = model(*features, table_VD=table_VD)
+        model.scores(hidden_1LD[:, -1], table_VD=table_VD)
+        took_s.append(time.perf_counter() - begin_s)
+    torch.set_num_threads(threads)
+    return 1000 * float(np.median(took_s))

@@ -15,10 +15,10 @@ from ray_jobs import recipes
 from ray_jobs.evaluate.baselines import Refreshed
 from ray_jobs.evaluate.events import Events, LogChoice, load
 from ray_jobs.evaluate.held_out import Frozen
-from ray_jobs.evaluate.judging import STEP_EVENTS, Past, Scores, walk
+from ray_jobs.evaluate.judging import STEP_EVENTS, Past, Scores, forward_ms, walk
 from ray_jobs.evaluate.results import Cost, Outcome
 from ray_jobs.evaluate.rows import Say, peak_mb
-from ray_jobs.evaluate.students import CATALOG, forward_ms, load_teacher, save_teacher
+from ray_jobs.evaluate.students import CATALOG, load_teacher, save_teacher
 from ray_jobs.labels import aligned
 from ray_jobs.recipes import TrainConfig
 from ray_jobs.teacher_data import history_of

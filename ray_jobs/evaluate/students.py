@@ -19,7 +19,7 @@ import torch
 
 from ray_jobs.distiller import Distiller
 from ray_jobs.evaluate.events import Events
-from ray_jobs.evaluate.judging import LISTS_EVERY, top_rows
+from ray_jobs.evaluate.judging import LISTS_EVERY, forward_ms, top_rows
 from ray_jobs.evaluate.results import Cost, Ints, Outcome
 from ray_jobs.evaluate.rows import Say, peak_mb
 from ray_jobs.labels import Items, Labels, aligned, items_of, label
@@ -106,7 +106,7 @@ class ArrayTeachers:
         return Asked(label(self._aligned, batch, top_k=self._config.top_k))
 
     def ask(self, batch: MicroBatch, *, stale: bool, **how: Any) -> Asked:
-        """Labels without ranks: the teacher's own row is judged with all of its context."""
+        """Ranks, too, which the job's trust goes by; the teacher's own row is judged elsewhere."""
         if self._aligned is None:
             return Asked()
         how = {**how, "top_k": self._config.top_k}
@@ -252,19 +252,3 @@ def _top_of(model: Recommender, batch: MicroBatch, n_new: int) -> Ints:
     hidden_ND = encode(model, batch, table_VD=table_VD)[:n_new]
     scores_NV = model.scores(hidden_ND, table_VD=table_VD)
     return top_rows(scores_NV, batch.seen(model.n_rows, slice(0, n_new)))
-
-
-@torch.no_grad()
-def forward_ms(model: Recommender, *, context: int, times: int = 50) -> float:
-    """Median time of one user's scores over the catalog: `context` events, one core."""
-    torch.set_num_threads(1)
-    model.eval()
-    features = [torch.ones(1, context, dtype=torch.long) for _ in range(3)]
-    table_VD = model.encoder.item_table()
-    took_s = []
-    for _ in range(times):
-        begin_s = time.perf_counter()
-        hidden_1LD = model(*features, table_VD=table_VD)
-        model.scores(hidden_1LD[:, -1], table_VD=table_VD)
-        took_s.append(time.perf_counter() - begin_s)
-    return 1000 * float(np.median(took_s))

@@ -284,7 +284,7 @@ def test_after_repeated_failures_the_job_goes_back_to_what_serves(tmp_path: Path
 def test_the_replay_window_is_learned_like_news() -> None:
     histories = Histories(keep=100)
     absorb(group(Log(100).received(0, 100).arrivals(Catalog()), histories), histories)
-    news = replay.draw(histories, np.random.default_rng(0), users=3, window=8)
+    news = replay.draw(histories, np.random.default_rng(0), users=3, window=8, ordered=True)
     batch = MicroBatch.of(news, context=8)
     assert len(batch) == sum(int(user.new.sum()) for user in news)
 

@@ -108,16 +108,24 @@ def test_remembering_nothing_is_refused(keep: int) -> None:
         Histories(keep=keep)
 
 
-def test_replay_draws_old_windows_repeatably_and_leaves_users_out() -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_replay_draws_old_windows_repeatably_and_leaves_users_out(ordered: bool) -> None:
     histories = Histories(keep=300)
     for n in range(20):
         histories.put(f"u{n}", events(range(1, 200)), partition=0)
 
     def drawn() -> list[tuple[str, int]]:
         news = replay.draw(
-            histories, np.random.default_rng(3), users=8, window=5, leave_out={"u0", "u1"}
+            histories,
+            np.random.default_rng(3),
+            users=8,
+            window=5,
+            ordered=ordered,
+            leave_out={"u0", "u1"},
         )
         assert all(1 <= user.new.sum() <= 5 and user.new[-1] for user in news)
+        as_they_came = all((np.diff(user.events["row"]) > 0).all() for user in news)
+        assert as_they_came == ordered
         return [(user.user_id, len(user.events)) for user in news]
 
     assert drawn() == drawn()
@@ -131,7 +139,9 @@ def test_one_pass_brings_every_event_once_the_latest_first_choice() -> None:
 
     def rows(latest_events: int) -> list[int]:
         rng = np.random.default_rng(0)
-        passes = replay.one_pass(histories, rng, users=2, window=3, latest_events=latest_events)
+        passes = replay.one_pass(
+            histories, rng, users=2, window=3, ordered=True, latest_events=latest_events
+        )
         return sorted(
             int(r) for news in passes for user in news for r in user.events["row"][user.new]
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ray_jobs.spectral import start_items
 from services.core.losses import full_softmax
 from services.core.metrics import ndcg_at, ranks_of
 from services.core.models.encoder import EncoderConfig
@@ -133,6 +134,50 @@ def test_saved_and_loaded_give_the_same(model: Recommender, tmp_path: Path) -> N
         loaded.scores(loaded(rows, types, gaps)[:, -1]),
         model.scores(model(rows, types, gaps)[:, -1]),
     )
+
+
+def a_set_student() -> Student:
+    torch.manual_seed(0)
+    config = replace(STUDENT, n_layers=0, n_recent=0, ordered=False)
+    student = Student(config, n_rows=N_ROWS).eval()
+    student.describe(content())
+    return student
+
+
+def test_a_set_has_no_order_and_users_in_one_line_stay_apart() -> None:
+    student, sequences = a_set_student(), histories(4, 10)
+    packed = student(*inputs(sequences, 40)).view(4, 10, -1)
+    alone = student(*inputs(sequences, 10)[:3])
+    torch.testing.assert_close(packed, alone)
+    shuffled = student(*inputs(sequences.shuffled(np.random.default_rng(0)), 10)[:3])
+    torch.testing.assert_close(shuffled[:, -1], alone[:, -1])
+    assert not torch.allclose(shuffled[:, -2], alone[:, -2])  # of the first nine: others
+
+
+@pytest.mark.parametrize("n_events", [1, 2, STUDENT.max_len, 2 * STUDENT.max_len])
+def test_serving_scores_a_set_as_training_does(n_events: int) -> None:
+    student = a_set_student()
+    rows, types, gaps, _ = inputs(histories(1, n_events), n_events)
+    served = student.for_serving().score_next(rows, types, gaps)
+    trained = student.scores(student(rows, types, gaps)[:, -1])[0]
+    torch.testing.assert_close(served, trained)
+
+
+def test_items_begin_beside_those_they_are_had_with() -> None:
+    """Half of the users have odd items only, half even ones only."""
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(200), 6)
+    had = [1 + 2 * rng.permutation(20)[:6] + user % 2 for user in range(200)]
+    rows, times = np.concatenate(had), np.arange(len(users))
+    sequences = sequences_of(users, rows, ["rating"] * len(rows), times, np.ones(len(rows)))
+    torch.manual_seed(0)
+    model = Teacher(EncoderConfig(dim=8, n_layers=1, n_heads=1, max_len=16), n_rows=42)
+    start_items(model, [sequences])
+    table_VD = nn.functional.normalize(model.encoder.item_id.weight[1:41].detach())
+    cosine_VV = table_VD @ table_VD.T
+    same_VV = torch.arange(40)[:, None] % 2 == torch.arange(40) % 2
+    assert cosine_VV[same_VV].mean() > cosine_VV[~same_VV].mean() + 0.2
+    assert model.encoder.item_id.weight[0].abs().sum() == 0
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])

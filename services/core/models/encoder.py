@@ -1,4 +1,5 @@
-"""The causal transformer that teacher and student share.
+"""The encoder that teacher and student share: a causal transformer, or a set where order says
+nothing.
 
 Shapes: B sequences, L events, D width, H heads, K head width, V catalog rows, C content tokens a
 row. Row, type, gap and segment 0 mean padding; padding stands after the events, never before.
@@ -19,7 +20,8 @@ class EncoderConfig:
     """Sizes of an encoder.
 
     max_len: how far back one layer looks, in events. n_recent: how many events before it are
-    blended into each one ahead of the first layer (`Recent`); 0: none.
+    blended into each one ahead of the first layer (`Recent`); 0: none. ordered: False where events
+    come in no order: their items are added up (`pooled`), and nothing else of them is read.
     """
 
     dim: int
@@ -27,6 +29,7 @@ class EncoderConfig:
     n_heads: int
     max_len: int
     n_recent: int = 0
+    ordered: bool = True
     dropout: float = 0.0
     content_buckets: int = 1024
     n_types: int = N_TYPES
@@ -36,6 +39,8 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim={self.dim}: must be a multiple of 2 * n_heads={self.n_heads}")
+        if not self.ordered and (self.n_layers or self.n_recent):
+            raise ValueError("ordered=False: a set is read without layers; n_layers=0, n_recent=0")
 
 
 class Encoder(nn.Module):
@@ -85,11 +90,14 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """hidden_BLD. `segments_BL` for packed lines; `table_VD` where it is already at hand."""
         table_VD = self.item_table() if table_VD is None else table_VD
-        x_BLD = F.embedding(rows_BL, table_VD) + self.event_type(types_BL) + self.gap(gaps_BL)
+        x_BLD = F.embedding(rows_BL, table_VD)
+        mask = attention_mask(rows_BL.shape[1], self.config.max_len, segments_BL, rows_BL.device)
+        if not self.config.ordered:
+            return self.norm(self.dropout(pooled(x_BLD, mask)))
+        x_BLD = x_BLD + self.event_type(types_BL) + self.gap(gaps_BL)
         if self.recent is not None:
             x_BLD = self.recent(x_BLD, segments_BL)
         x_BLD = self.dropout(x_BLD)
-        mask = attention_mask(rows_BL.shape[1], self.config.max_len, segments_BL, rows_BL.device)
         rotation = rotary(rows_BL.shape[1], self.config.dim // self.config.n_heads, rows_BL.device)
         for block in self.blocks:
             x_BLD = block(x_BLD, mask, rotation)
@@ -151,6 +159,13 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+def pooled(x_BLD: Tensor, mask: Tensor) -> Tensor:
+    """At each event the sum of all that it may look at, over the root of their number."""
+    weight = mask.to(x_BLD.dtype)
+    weight = weight * weight.sum(-1, keepdim=True).rsqrt()
+    return (weight[:, 0] if weight.dim() == 4 else weight) @ x_BLD
 
 
 def attention_mask(

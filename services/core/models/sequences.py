@@ -51,6 +51,12 @@ class Sequences:
         targets[self.starts[1:] - 1] = 0
         return targets
 
+    def shuffled(self, random: np.random.Generator) -> "Sequences":
+        """Each user's events in a random order; for a model that reads them as a set."""
+        users = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        order = np.lexsort((random.random(len(users)), users))
+        return Sequences(Features(*(column[order] for column in self.features)), self.starts)
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:

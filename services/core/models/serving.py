@@ -23,7 +23,8 @@ class ServingStudent:
     def __init__(self, encoder: Encoder, bias_V: Tensor) -> None:
         config = encoder.config
         self.n_rows = encoder.n_rows
-        self.max_events = 2 * config.max_len
+        self._ordered = config.ordered
+        self.max_events = 2 * config.max_len if config.ordered else config.max_len
         with torch.no_grad():
             self._table_VD = encoder.item_table().clone()
             self._bias_V = bias_V.clone()
@@ -51,9 +52,12 @@ class ServingStudent:
         """
         at = slice(-self.max_events, None)
         x_LD = self._table_VD[rows_1L[0, at]]
-        x_LD += self._type[types_1L[0, at]]
-        x_LD += self._gap[gaps_1L[0, at]]
-        x_LD = self._blend(x_LD)
+        if self._ordered:
+            x_LD += self._type[types_1L[0, at]]
+            x_LD += self._gap[gaps_1L[0, at]]
+            x_LD = self._blend(x_LD)
+        else:
+            x_LD = x_LD.sum(0, keepdim=True) * len(x_LD) ** -0.5
         for block in self._blocks:
             x_LD = block(x_LD, self._cos_T1K, self._sin_T1K)
         scores_V = torch.addmv(self._bias_V, self._table_VD, self._norm(x_LD[-1]))
