@@ -31,6 +31,9 @@ app.add_typer(models_app, name="models")
 Kind = Literal["teacher", "student"]
 KindArgument = Annotated[Kind, typer.Argument(help="which model")]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable")]
+AddressOption = Annotated[
+    str, typer.Option(help="Ray's dashboard URL, http://host:8265; default: the setting's")
+]
 
 
 def main() -> None:
@@ -102,6 +105,25 @@ def doctor() -> None:
 def env() -> None:
     """The settings as a Ray runtime environment, for `ray job submit --runtime-env-json`."""
     print(json.dumps({"env_vars": _settings().environment()}))
+
+
+@app.command()
+def topics() -> None:
+    """Create the Kafka topics that are missing."""
+    from services.core.kafka import ensure_topics
+
+    ensure_topics(_settings())
+
+
+@app.command()
+def learn(address: AddressOption = "") -> None:
+    """Keep both learning jobs going on a Ray cluster, until SIGTERM; then let them checkpoint.
+
+    What `reflux up` does beside everything else; for clusters that nothing else supervises.
+    """
+    from services.local.learning import supervise
+
+    supervise(_jobs(address), report=_say)
 
 
 @app.command()
@@ -196,34 +218,35 @@ def events_replay(
 @teacher_app.command("refresh")
 def teacher_refresh(
     wait: Annotated[bool, typer.Option(help="until it has ended")] = False,
+    address: AddressOption = "",
 ) -> None:
     """Train a new teacher from the offline log, as a Ray job."""
-    _submit("teacher", wait=wait)
+    _submit("teacher", wait=wait, address=address)
 
 
 @teacher_app.command("status")
-def teacher_status() -> None:
+def teacher_status(address: AddressOption = "") -> None:
     """The teacher jobs so far."""
-    _print_jobs("teacher")
+    _print_jobs("teacher", address)
 
 
 @student_app.command("start")
-def student_start() -> None:
+def student_start(address: AddressOption = "") -> None:
     """Start the distillation job; it resumes from its checkpoint."""
-    _submit("student", wait=False)
+    _submit("student", wait=False, address=address)
 
 
 @student_app.command("stop")
-def student_stop() -> None:
+def student_stop(address: AddressOption = "") -> None:
     """Let the distillation job checkpoint and end. (Under `reflux up` it is started again.)"""
-    job = _jobs().stop("student")
+    job = _jobs(address).stop("student")
     print("no distillation job is active" if job is None else f"{job.submission_id} {job.status}")
 
 
 @student_app.command("status")
-def student_status() -> None:
+def student_status(address: AddressOption = "") -> None:
     """The distillation jobs so far."""
-    _print_jobs("student")
+    _print_jobs("student", address)
 
 
 @models_app.command("list")
@@ -286,23 +309,25 @@ def parse_duration_s(text: str) -> float:
     return seconds
 
 
-def _settings() -> "Settings":
+def _settings(**overrides: Any) -> "Settings":
     from services.core.settings import Settings
 
-    return Settings.load()
+    return Settings.load(**overrides)
 
 
-def _jobs() -> "Jobs":
+def _jobs(address: str = "") -> "Jobs":
     from services.local.jobs import Jobs
     from services.local.stack import read_stack
 
-    settings = _settings()
+    settings = _settings(**({"ray_address": address.rstrip("/")} if address else {}))
     stack = read_stack(settings)
-    return Jobs(settings, embedded=bool(stack and stack["embedded_ray"]))
+    if stack and stack["settings"]["ray_address"] == settings.ray_address:
+        return Jobs(settings, embedded=stack["embedded_ray"])
+    return Jobs(settings, embedded=False, elsewhere=True)
 
 
-def _submit(kind: Kind, *, wait: bool) -> None:
-    jobs = _jobs()
+def _submit(kind: Kind, *, wait: bool, address: str) -> None:
+    jobs = _jobs(address)
     submission_id = jobs.submit(kind)
     print(f"submitted {submission_id}; `ray job logs {submission_id}` shows it at work")
     if wait:
@@ -312,8 +337,8 @@ def _submit(kind: Kind, *, wait: bool) -> None:
             raise RefluxError(f"{submission_id} {job.status.lower()}: {job.message}")
 
 
-def _print_jobs(kind: Kind) -> None:
-    jobs = _jobs().list(kind)
+def _print_jobs(kind: Kind, address: str) -> None:
+    jobs = _jobs(address).list(kind)
     for job in jobs:
         print(f"{job.submission_id}  {job.status}  {job.message}")
     if not jobs:

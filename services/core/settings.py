@@ -142,10 +142,17 @@ class Settings(BaseSettings):
     def logs(self) -> Path:
         return self.home.absolute() / "logs"
 
-    def environment(self) -> dict[str, str]:
-        """These settings as environment variables, for the processes and Ray jobs we start."""
-        values = self.model_dump(mode="json")
-        values["home"] = str(self.home.absolute())
+    def environment(self, *, elsewhere: bool = False) -> dict[str, str]:
+        """These settings as environment variables, for the processes and Ray jobs we start.
+
+        `elsewhere`: for a cluster that has settings of its own. Only what somebody set, no
+        defaults that would hide the cluster's, and no `home`, which is a folder of this machine.
+        """
+        values = self.model_dump(mode="json", exclude_unset=elsewhere)
+        if elsewhere:
+            values.pop("home", None)
+        else:
+            values["home"] = str(self.home.absolute())
         return {f"REFLUX_{name.upper()}": _as_env(value) for name, value in values.items()}
 
 

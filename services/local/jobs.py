@@ -16,6 +16,9 @@ MODULES: dict[Kind, str] = {
     "teacher": "ray_jobs.train_teacher",
     "student": "ray_jobs.distill_student",
 }
+# What a job has no use for; Ray leaves out by itself what .gitignore names.
+NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy"]
+STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +37,23 @@ class Job:
 
 
 class Jobs:
-    """The Jobs API of the Ray that `settings.ray_address` names."""
+    """The Jobs API of the Ray that `settings.ray_address` names.
 
-    def __init__(self, settings: Settings, *, embedded: bool) -> None:
+    `elsewhere`: a cluster with settings of its own (its nodes' environment); a job started there
+    gets those, and on top of them only what is set here.
+    """
+
+    def __init__(self, settings: Settings, *, embedded: bool, elsewhere: bool = False) -> None:
         from ray.job_submission import JobSubmissionClient
 
         if not settings.ray_address:
-            raise UnavailableError("no Ray is configured or running; run `reflux up` first")
-        self._settings = settings
+            raise UnavailableError(
+                "no Ray is configured or running; run `reflux up` first, or say where one is "
+                "(--address http://host:8265, or REFLUX_RAY_ADDRESS)"
+            )
+        self.settings = settings
         self._embedded = embedded
+        self._elsewhere = elsewhere
         try:
             self._client = JobSubmissionClient(settings.ray_address)
         except ConnectionError as error:
@@ -58,13 +69,15 @@ class Jobs:
                 f"a {kind} job is active already ({running.submission_id}, {running.status}); "
                 f"wait for it or stop it first"
             )
-        argv = ["-m", MODULES[kind], "--recipe", self._settings.recipe, *arguments]
+        argv = ["-m", MODULES[kind], *arguments]
         # An embedded Ray runs our own interpreter, with this code importable; elsewhere the code
         # travels along and the cluster's `python` runs it.
         python = sys.executable if self._embedded else "python"
-        runtime_env: dict[str, Any] = {"env_vars": self._settings.environment()}
+        env_vars = self.settings.environment(elsewhere=self._elsewhere)
+        runtime_env: dict[str, Any] = {"env_vars": env_vars}
         if not self._embedded:
             runtime_env["working_dir"] = str(Path(__file__).parents[2])
+            runtime_env["excludes"] = NOT_CARRIED
         return str(
             self._client.submit_job(
                 entrypoint=shlex.join([python, *argv]),
@@ -103,7 +116,7 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         return str(self._client.get_job_logs(submission_id))
 
-    def stop(self, kind: Kind, *, timeout_s: float = 30.0) -> Job | None:
+    def stop(self, kind: Kind, *, timeout_s: float = STOP_TIMEOUT_S) -> Job | None:
         """Ask the active job to checkpoint and end; wait for it. None: nothing was active."""
         job = self.active(kind)
         if job is None:

@@ -1,9 +1,12 @@
 """Keep the learning jobs going: the student's always, the teacher's when a refresh is due."""
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from services.core.errors import RefluxError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
@@ -93,6 +96,21 @@ class LearningJobs:
             now_ms=int(time.time() * 1000),
             settings=self.settings,
         )
+
+
+def supervise(jobs: Jobs, *, report: Callable[[str], None]) -> None:
+    """Keep both jobs going until SIGTERM or SIGINT, then let the student's checkpoint and end."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    learning = LearningJobs(jobs.settings, jobs, report=report)
+    while not stopping.wait(LOOK_EVERY_S):
+        try:
+            learning.tick()
+        except (RefluxError, OSError, RuntimeError) as error:  # met again at the next look
+            report(f"supervision: {error}")
+    if (job := jobs.stop("student")) is not None:
+        report(f"{job.submission_id} {job.status}")
 
 
 def newest_teacher(settings: Settings, log: EventLog) -> TeacherState | None:

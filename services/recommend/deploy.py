@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import httpx
 import yaml
@@ -46,7 +47,7 @@ def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> Deployed:
         shutil.rmtree(_metrics_directory(settings), ignore_errors=True)
     client.deploy_applications(config(settings))
     _wait_running(client, deadline, since=before.get("last_deployed_time_s"))
-    return _wait_answering(client, deadline)
+    return _wait_answering(settings, client, deadline)
 
 
 def config(settings: Settings) -> dict[str, Any]:
@@ -147,10 +148,14 @@ def _wait_running(client: "ServeSubmissionClient", deadline: float, *, since: fl
         time.sleep(POLL_S)
 
 
-def _wait_answering(client: "ServeSubmissionClient", deadline: float) -> Deployed:
+def _wait_answering(
+    settings: Settings, client: "ServeSubmissionClient", deadline: float
+) -> Deployed:
     """Until the proxy has taken up the replicas; it may listen where an earlier deployment said."""
     http = client.get_serve_details()["http_options"]
-    host = "127.0.0.1" if http["host"] in ("0.0.0.0", "::") else http["host"]
+    # One that listens on all interfaces also does so beside Ray's dashboard, wherever that is.
+    everywhere = http["host"] in ("0.0.0.0", "::")
+    host = urlsplit(settings.ray_address).hostname if everywhere else http["host"]
     url = f"http://{host}:{http['port']}"
     while True:
         try:

@@ -1,6 +1,7 @@
 """The distillation job as a user submits it: a real Ray, a real broker, MovieLens-100K."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,9 +13,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobSubmissionClient
+from typer.testing import CliRunner
 
 from ray_jobs import datasets
 from ray_jobs.recipes import smoke_cpu
+from services import cli
 from services.core.catalog import Catalog
 from services.core.eventlog import Arrived, EventLog, events_table
 from services.core.events import EVENTS, Event, EventType, encode
@@ -30,7 +33,10 @@ HISTORY, LIVE, MORE = 2_000, 600, 100
 @pytest.fixture
 def ray_url(tmp_path: Path) -> Iterator[str]:
     port = processes.free_port()
-    head = processes.ray_head(dashboard_port=port, cpus=8, env={"RAY_JOB_STOP_WAIT_TIME_S": "30"})
+    # A cluster's `python` is the one that has Ray.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": "30", "PATH": path, "OMP_NUM_THREADS": "1"}
+    head = processes.ray_head(dashboard_port=port, cpus=8, env=env)
     process = processes.Process(head, logs=tmp_path)
     try:
         process.wait_ready()
@@ -46,6 +52,10 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
         home=tmp_path / "home",
         kafka_bootstrap=fresh_kafka,
         ray_address=ray_url,
+        recipe="smoke_cpu",
+        offline_uri=str(tmp_path / "offline"),
+        registry_uri=str(tmp_path / "registry"),
+        checkpoint_uri=str(tmp_path / "checkpoints"),
         publish_every_s=1,
         checkpoint_every_s=2,
     )
@@ -55,7 +65,7 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
     _teach(registry, settings, events, tmp_path)
 
     client = JobSubmissionClient(ray_url)
-    job = _submit(client, settings)
+    job = _start(settings)
     _until(lambda: bool(registry.versions("student")), client, job)
     _send(settings, events[HISTORY : HISTORY + LIVE // 2])
     _until(lambda: _newest(registry)["events_learned"] > 0, client, job)
@@ -79,12 +89,13 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
     _until(lambda: _newest(registry)["events_learned"] == LIVE + MORE, client, job)
     assert _newest(registry)["metrics"]["window.stale_teacher.ndcg@10"] >= 0.0
 
-    client.stop_job(job)
-    _until(lambda: client.get_job_status(job).is_terminal(), client, job, running=False)
-    job = _submit(client, settings)
+    assert f"{job}  RUNNING" in _reflux(settings, "student", "status")
+    assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
+    job = _start(settings)
     _send(settings, events[HISTORY + LIVE + MORE :])
     _until(lambda: _newest(registry)["events_learned"] == LIVE + 2 * MORE, client, job)
-    client.stop_job(job)
+    assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
+    assert "no distillation job" in _reflux(settings, "student", "stop")
 
 
 def _events(settings: Settings) -> list[Event]:
@@ -135,14 +146,18 @@ def _teach(registry: Registry, settings: Settings, events: list[Event], scratch:
     registry.promote("teacher", version, "it will do")
 
 
-def _submit(client: JobSubmissionClient, settings: Settings) -> str:
-    env = {**settings.environment(), "OMP_NUM_THREADS": "1"}
-    return str(
-        client.submit_job(
-            entrypoint=f"{sys.executable} -m ray_jobs.distill_student --recipe smoke_cpu",
-            runtime_env={"env_vars": env},
-        )
-    )
+def _start(settings: Settings) -> str:
+    """Submit the job as a user of the cluster does; its id."""
+    return re.findall(r"reflux-student-[\d-]+", _reflux(settings, "student", "start"))[0]
+
+
+def _reflux(settings: Settings, *arguments: str) -> str:
+    """Run the command with these settings but the address, which it is given; what it prints."""
+    env = settings.environment() | {"REFLUX_RAY_ADDRESS": ""}
+    command = [*arguments, "--address", settings.ray_address]
+    done = CliRunner().invoke(cli.app, command, env=env)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
 
 
 def _newest(registry: Registry) -> dict[str, Any]:
@@ -165,11 +180,10 @@ def _until(
     client: JobSubmissionClient,
     job: str,
     *,
-    running: bool = True,
     timeout_s: float = 150,
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
-        ended = running and client.get_job_status(job).is_terminal()
+        ended = client.get_job_status(job).is_terminal()
         assert not ended and time.monotonic() < deadline, client.get_job_logs(job)[-4000:]
         time.sleep(0.2)

@@ -51,3 +51,15 @@ def test_what_a_child_process_gets_is_what_we_have(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     again = Settings.load()
     assert again == settings.model_copy(update={"home": Path("here").absolute()})
+
+
+def test_a_cluster_with_settings_of_its_own_gets_only_what_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REFLUX_HOME", "/here")
+    monkeypatch.setenv("REFLUX_RECIPE", "one_gpu")
+    settings = Settings.load(ray_address="http://there:8265")
+    assert settings.environment(elsewhere=True) == {
+        "REFLUX_RAY_ADDRESS": "http://there:8265",
+        "REFLUX_RECIPE": "one_gpu",
+    }
