@@ -85,7 +85,7 @@ def loss_terms(
         rows_NK = torch.from_numpy(labels.rows_NK)[warm_N].long()
         logits_NK = torch.from_numpy(labels.logits_NK)[warm_N].float()
         terms["soft"] = (trust * config.soft_weight) * losses.soft_labels(
-            student.soft_scores(hidden_ND, rows_NK, table_VD=table_VD),
+            student.soft_scores(hidden_ND, rows_NK, table_VD=table_VD, tower=config.soft_tower),
             logits_NK,
             temperature=config.temperature,
             weights_N=weights_N,

@@ -60,6 +60,8 @@ class DistillConfig:
     soft_weight: float = 2.0
     hidden_weight: float = 1.0
     mask_seen: bool = True  # what the user has had is no rival of a hard label
+    soft_tower: bool = True  # soft labels go to a tower of their own, not to the head that serves
+    start_from_teacher: bool = True  # items begin as the first teacher sees them
     temperature: float = 2.0
     top_k: int = 64  # teacher candidates per event
     context_events: int = 50  # before the new events of a sequence
@@ -109,7 +111,13 @@ def tiny_cpu() -> Recipe:
         name="tiny_cpu",
         teacher=teacher,
         student=StudentConfig(
-            dim=24, n_layers=1, n_heads=2, max_len=64, content_buckets=256, teacher_dim=teacher.dim
+            dim=24,
+            n_layers=1,
+            n_heads=2,
+            max_len=64,
+            n_recent=4,
+            content_buckets=256,
+            teacher_dim=teacher.dim,
         ),
         train=TrainConfig(
             num_workers=2,
@@ -123,6 +131,25 @@ def tiny_cpu() -> Recipe:
             learning_rate=6e-3,
             refresh_learning_rate=4e-3,
         ),
+    )
+
+
+def two_cores() -> Recipe:
+    """Two cores and half an hour: `tiny_cpu` to where more epochs give nothing."""
+    tiny = tiny_cpu()
+    return dataclasses.replace(
+        tiny,
+        name="two_cores",
+        teacher=dataclasses.replace(tiny.teacher, dropout=0.2),
+        train=dataclasses.replace(
+            tiny.train,
+            max_epochs=10,
+            max_train_s=1_800,
+            refresh_epochs=1,
+            refresh_train_s=600,
+            refresh_learning_rate=1e-3,
+        ),
+        distill=dataclasses.replace(tiny.distill, warm_up_s=300),
     )
 
 
@@ -226,7 +253,7 @@ def many_gpus() -> Recipe:
 
 
 RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
-    recipe.__name__: recipe for recipe in (tiny_cpu, smoke_cpu, blocks_cpu, one_gpu, many_gpus)
+    recipe.__name__: recipe for recipe in (tiny_cpu, two_cores, smoke_cpu, blocks_cpu, one_gpu, many_gpus)
 }
 
 

@@ -86,7 +86,7 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
     """
     begin_s = logged_s = time.monotonic()
     items = peers.gather(teachers.items())[0]
-    if items is not None and len(state.catalog) > 1:
+    if config.start_from_teacher and items is not None and len(state.catalog) > 1:
         start_from(state.student, items)
     per_epoch = max(peers.gather(sum(1 for _ in _epoch(state, config))))
     n_steps = round(per_epoch * config.warm_up_epochs)

@@ -36,11 +36,15 @@ class Student(Recommender):
         )
         self.to_teacher: nn.Module = nn.Linear(config.dim, config.teacher_dim)
 
-    def soft_scores(self, hidden_ND: Tensor, rows_NK: Tensor, *, table_VD: Tensor) -> Tensor:
-        """scores_NK of the tower that learns soft labels, of a teacher's candidates; not served."""
-        tower_ND = hidden_ND + self.soft_tower(hidden_ND)
+    def soft_scores(
+        self, hidden_ND: Tensor, rows_NK: Tensor, *, table_VD: Tensor, tower: bool = True
+    ) -> Tensor:
+        """scores_NK of a teacher's candidates, by the tower that learns soft labels and isn't
+        served; `tower` false: by the head that is."""
+        if tower:
+            hidden_ND = hidden_ND + self.soft_tower(hidden_ND)
         candidates_NKD = F.embedding(rows_NK, table_VD)
-        return torch.einsum("nd,nkd->nk", tower_ND, candidates_NKD) + self.bias_V[rows_NK]
+        return torch.einsum("nd,nkd->nk", hidden_ND, candidates_NKD) + self.bias_V[rows_NK]
 
     def teacher_hidden(self, hidden_ND: Tensor) -> Tensor:
         """hidden_NT: our guess of the teacher's hidden state."""
