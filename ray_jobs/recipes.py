@@ -253,7 +253,8 @@ def many_gpus() -> Recipe:
 
 
 RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
-    recipe.__name__: recipe for recipe in (tiny_cpu, two_cores, smoke_cpu, blocks_cpu, one_gpu, many_gpus)
+    recipe.__name__: recipe
+    for recipe in (tiny_cpu, two_cores, smoke_cpu, blocks_cpu, one_gpu, many_gpus)
 }
 
 
