@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     replicas: int = Field(1, ge=1, le=64)
     serving_poll_s: float = Field(0.5, gt=0, le=60, description="between two looks at the pointer")
     feature_timeout_s: float = Field(0.25, gt=0, description="online store's share of an answer")
+    answers_metrics_port: int = Field(
+        0, ge=0, le=65535, description="where a node's replicas serve /metrics as one; 0: nowhere"
+    )
     impressions: bool = Field(True, description="send what was shown back as impression events")
     proxy: Literal["haproxy", "python"] = Field("haproxy", description="Ray Serve's HTTP proxy")
 

@@ -18,7 +18,7 @@ from services.recommend.histories import Histories
 from services.recommend.impressions import Impressions, Shown
 from services.recommend.live import LiveModel
 from services.recommend.schema import RecommendRequest
-from services.recommend.telemetry import Telemetry
+from services.recommend.telemetry import NodeMetrics, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Recommender:
         )
         self._impressions = Impressions(Publisher(settings), self.telemetry)
         self._histories: Histories | None = None
+        port = settings.answers_metrics_port
+        self._metrics = NodeMetrics(self.telemetry, host=settings.host, port=port) if port else None
 
     async def start(self) -> None:
         """Everything slow, before the first request: Feast's import takes seconds."""
@@ -49,6 +51,8 @@ class Recommender:
         await asyncio.to_thread(self._live.start)
         if self._settings.impressions:
             self._impressions.start()
+        if self._metrics:
+            self._metrics.start()
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._live.stop)
@@ -56,6 +60,8 @@ class Recommender:
             await asyncio.to_thread(self._impressions.stop)
         if self._histories:
             self._histories.close()
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.stop)
 
     @property
     def model(self) -> Model:

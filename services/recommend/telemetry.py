@@ -2,10 +2,11 @@
 
 Several replicas on one node answer as one: started with `PROMETHEUS_MULTIPROC_DIR` (deploy.py sees
 to it), prometheus_client keeps the values in files there, and `/metrics` of any replica adds them
-up.
+up. Behind a proxy before several nodes that is some node's; `NodeMetrics` gives each its own port.
 """
 
 import os
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     generate_latest,
+    start_http_server,
     values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -28,6 +30,9 @@ _AGE_S: Final = (
     *(0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60),
     *(120, 300, 3_600, 86_400),
 )
+
+
+RETRY_S: Final = 2.0
 
 
 class Telemetry:
@@ -91,3 +96,32 @@ class Telemetry:
     def exposition(self) -> bytes:
         """The text that `GET /metrics` answers with."""
         return generate_latest(self._exposed)
+
+
+class NodeMetrics:
+    """Serves a node's `/metrics` on a port of the node: one replica does, another takes over."""
+
+    def __init__(self, telemetry: Telemetry, *, host: str, port: int) -> None:
+        self._telemetry = telemetry
+        self._address = (host, port)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="node-metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        host, port = self._address
+        while not self._stop.is_set():
+            try:
+                server, _ = start_http_server(port, host, registry=self._telemetry._exposed)
+            except OSError:  # another replica of this node has it
+                self._stop.wait(RETRY_S)
+                continue
+            self._stop.wait()
+            server.shutdown()
+            server.server_close()

@@ -73,14 +73,10 @@ def test_ports_are_the_codes_own(services: dict[str, Any]) -> None:
     assert targets["gateway"]["static_configs"][0]["targets"] == [
         f"gateway:{env['REFLUX_GATEWAY_PORT']}"
     ]
-    assert targets["answers"]["static_configs"][0]["targets"] == [
-        f"ray-head:{env['REFLUX_RECOMMEND_PORT']}"
-    ]
-    workers = targets["worker"]["dns_sd_configs"][0]
-    assert (workers["names"], str(workers["port"])) == (
-        ["worker"],
-        env["REFLUX_WORKER_METRICS_PORT"],
-    )
+    for job, names in (("worker", ["worker"]), ("answers", ["ray-head", "ray-worker"])):
+        found = targets[job]["dns_sd_configs"][0]
+        assert found["names"] == names
+        assert str(found["port"]) == env[f"REFLUX_{job.upper()}_METRICS_PORT"]
     ray = targets["ray"]["dns_sd_configs"][0]
     for name in ray["names"]:
         assert f"--metrics-export-port={ray['port']}" in services[name]["command"]
