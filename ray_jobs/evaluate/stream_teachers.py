@@ -5,9 +5,10 @@ Kept by what they depend on, so that every row and every ablation of one log sha
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from ray_jobs.evaluate.results import Cost, Outcome
 from ray_jobs.evaluate.rows import Say, peak_mb
 from ray_jobs.evaluate.students import CATALOG, load_teacher, save_teacher
 from ray_jobs.labels import aligned
-from ray_jobs.recipes import TrainConfig
+from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.teacher_data import history_of
 from ray_jobs.teacher_training import train
 from services.core.models.encoder import EncoderConfig
@@ -47,8 +48,13 @@ class Chain:
 
     @property
     def folder(self) -> Path:
-        depends = json.dumps(asdict(replace(self, home=Path())), sort_keys=True, default=str)
-        return self.home / hashlib.sha256(depends.encode()).hexdigest()[:16]
+        return folder_of(self, self.home)
+
+
+def folder_of(depends: Any, home: Path) -> Path:
+    """Under `home`, named by all that a dataclass of plain values holds besides it."""
+    values = json.dumps(asdict(replace(depends, home=Path())), sort_keys=True, default=str)
+    return home / hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
 def fit_every(events: Events, fits: int) -> int:
@@ -60,10 +66,19 @@ def train_chain(chain: Chain, say: Say) -> dict[str, Outcome]:
     """Train those that aren't kept yet, each from the one before."""
     events = load(chain.log)
     recipe = replace(recipes.load(chain.recipe), teacher=chain.teacher, train=chain.train)
+    train_along(events, chain.places(events), recipe, chain.folder, seed=chain.log.seed, say=say)
+    return {}
+
+
+def train_along(
+    events: Events, places: Sequence[int], recipe: Recipe, folder: Path, *, seed: int, say: Say
+) -> None:
+    """A teacher of all before each place, under that name in the folder, each refreshed from the
+    one before; those that are there already aren't trained again."""
     parent, learned = None, 0
-    for fit, until in enumerate(chain.places(events)):
-        say(fit / chain.fits, f"{'refreshing' if fit else 'training'} on {until:,} events")
-        directory = chain.folder / str(until)
+    for fit, until in enumerate(places):
+        say(fit / len(places), f"{'refreshing' if fit else 'training'} on {until:,} events")
+        directory = folder / str(until)
         if not (directory / CATALOG).exists():
             history = history_of(
                 events.interactions(until),
@@ -76,15 +91,19 @@ def train_chain(chain: Chain, say: Say) -> dict[str, Outcome]:
                 recipe,
                 history,
                 parent=parent,
-                seed=chain.log.seed,
-                checkpoints=str(chain.home / "checkpoints"),
+                seed=seed,
+                checkpoints=str(folder / "checkpoints"),
             )
             directory.mkdir(parents=True, exist_ok=True)
             took = {name: trained.metrics[name] for name in ("elapsed_s", "step")}
             (directory / COST).write_text(json.dumps(took))
             save_teacher(trained.model, history.catalog, directory)
         parent, learned = load_teacher(directory)[0], until
-    return {}
+
+
+def took_s(directory: Path) -> float:
+    """Seconds that a kept teacher was trained."""
+    return float(json.loads((directory / COST).read_text())["elapsed_s"])
 
 
 def kept_teachers(chain: Chain, events: Events) -> dict[int, Path]:

@@ -8,7 +8,8 @@ Shapes: N events of the log, M of a micro-batch.
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from ray_jobs.checkpoint import State
 from ray_jobs.distiller import Distiller
 from ray_jobs.evaluate.events import Events
 from ray_jobs.evaluate.judging import LISTS_EVERY, forward_ms, top_rows
@@ -47,7 +49,7 @@ class ArraySource:
     """Events `first`..`last` of a log, as `distiller.Source` has them."""
 
     def __init__(self, events: Events, first: int, last: int) -> None:
-        self._events, self._last = events, last
+        self._events, self.last = events, last
         self.positions = {0: first}
 
     @property
@@ -55,13 +57,13 @@ class ArraySource:
         return self.positions[0]
 
     def poll(self, *, max_events: int, timeout_s: float) -> Received:
-        until = min(self.at + max_events, self._last)
+        until = min(self.at + max_events, self.last)
         received = self._events.received(self.at, until)
         self.positions = {0: until}
         return received
 
     def lag_events(self) -> int:
-        return self._last - self.at  # behind, so that the job spares what only production shows
+        return self.last - self.at  # behind, so that the job spares what only production shows
 
     def check_epoch(self) -> None:
         return
@@ -129,6 +131,58 @@ def load_teacher(directory: Path) -> tuple[Teacher, Catalog]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Learner:
+    """The job, warmed up and about to meet the stream."""
+
+    state: State
+    source: ArraySource
+    distiller: Distiller
+    heard: "_Heard"
+    warm_s: float
+
+
+@contextmanager
+def learner(
+    events: Events, recipe: Recipe, *, kept: Mapping[int, Path], seed: int, first: int, last: int
+) -> Iterator[Learner]:
+    """Warmed up on all before `first`; what is to be met until `last` is the caller's to tick.
+
+    `kept`: teachers by place; none: hard labels only. The warm-up ends by its epochs, not by its
+    seconds, so that every row takes the same steps.
+    """
+    config = replace(
+        recipe.distill, max_events=STEP_EVENTS, warm_up_s=FOREVER_S, stale_teacher=False
+    )
+    recipe = replace(recipe, distill=config)
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    begin_s = time.monotonic()
+    state = state_of(events.received(0, first), events.items, recipe=recipe, seed=seed)
+    state.positions = {0: first}
+    source = ArraySource(events, first, last)
+    teachers = ArrayTeachers(kept, source, config)
+    teachers.align(state.catalog)
+    teachers.look()
+    warm_up(state, teachers, config, ALONE)
+    warm_s = time.monotonic() - begin_s
+    heard = _Heard(events, state, lists_every=LISTS_EVERY)
+    with tempfile.TemporaryDirectory() as home:
+        distiller = Distiller(
+            state,
+            source,
+            teachers,
+            settings=Settings(home=Path(home), keep_versions=3, seed=seed),
+            config=config,
+            peers=ALONE,
+            keep=lambda: None,
+            scored=heard,
+            now_s=lambda: (source.at - first) / EVENTS_PER_S,
+        )
+        distiller.begin()
+        yield Learner(state=state, source=source, distiller=distiller, heard=heard, warm_s=warm_s)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Distilled:
     """What a run gives: the student learning on, and the same one frozen as the stream began."""
 
@@ -147,52 +201,21 @@ def distil(
     first: int | None = None,
     last: int | None = None,
 ) -> Distilled:
-    """Warm up on all before `first` (default: the half), then predict and learn up to `last`.
-
-    `kept`: teachers by place; none: hard labels only. The warm-up ends by its epochs, not by its
-    seconds, so that every row takes the same steps.
-    """
+    """Warm up on all before `first` (default: the half), then predict and learn up to `last`."""
     first = events.half if first is None else first
     last = len(events) if last is None else last
-    config = replace(
-        recipe.distill, max_events=STEP_EVENTS, warm_up_s=FOREVER_S, stale_teacher=False
-    )
-    recipe = replace(recipe, distill=config)
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
     begin_s = time.monotonic()
-    state = state_of(events.received(0, first), events.items, recipe=recipe, seed=seed)
-    state.positions = {0: first}
-    source = ArraySource(events, first, last)
-    teachers = ArrayTeachers(kept, source, config)
-    teachers.align(state.catalog)
-    teachers.look()
     say(0.0, "warming up")
-    warm_up(state, teachers, config, ALONE)
-    warm_s = time.monotonic() - begin_s
-
-    heard = _Heard(events, state, lists_every=LISTS_EVERY)
-    with tempfile.TemporaryDirectory() as home:
-        distiller = Distiller(
-            state,
-            source,
-            teachers,
-            settings=Settings(home=Path(home), keep_versions=3, seed=seed),
-            config=config,
-            peers=ALONE,
-            keep=lambda: None,
-            scored=heard,
-            now_s=lambda: (source.at - first) / EVENTS_PER_S,
-        )
-        distiller.begin()
+    with learner(events, recipe, kept=kept, seed=seed, first=first, last=last) as learning:
+        source, state, warm_s = learning.source, learning.state, learning.warm_s
         while source.at < last:
-            distiller.tick()
+            learning.distiller.tick()
             say((source.at - first) / (last - first), f"event {source.at - first:,}")
-        distiller.checkpoint()
+        learning.distiller.checkpoint()
     train_s = time.monotonic() - begin_s
     cost = Cost(
         parameters=state.student.n_parameters,
-        forward_ms=forward_ms(state.student, context=config.context_events),
+        forward_ms=forward_ms(state.student, context=recipe.distill.context_events),
         train_s=train_s,
         peak_mb=peak_mb(),
     )
@@ -203,7 +226,8 @@ def distil(
         "rejected": state.counters.rejected_in_a_row,
     }
     student, frozen = (
-        heard.outcome(name, cost=cost, notes=notes) for name in ("student", "frozen_student")
+        learning.heard.outcome(name, cost=cost, notes=notes)
+        for name in ("student", "frozen_student")
     )
     frozen = replace(frozen, cost=replace(cost, train_s=warm_s))
     return Distilled(student=student, frozen=frozen, model=state.student)
