@@ -18,6 +18,7 @@ MODULES: dict[Kind, str] = {
 }
 # What a job has no use for; Ray leaves out by itself what .gitignore names.
 NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy"]
+REQUEST_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 
 
@@ -46,6 +47,12 @@ class Jobs:
     def __init__(self, settings: Settings, *, embedded: bool, elsewhere: bool = False) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        class WithDeadline(JobSubmissionClient):
+            """Ray's own waits for ever for a dashboard that hangs, and so would the supervisor."""
+
+            def _do_request(self, *args: Any, **given: Any) -> Any:
+                return super()._do_request(*args, **{"timeout": REQUEST_TIMEOUT_S, **given})
+
         if not settings.ray_address:
             raise UnavailableError(
                 "no Ray is configured or running; run `reflux up` first, or say where one is "
@@ -55,7 +62,7 @@ class Jobs:
         self._embedded = embedded
         self._elsewhere = elsewhere
         try:
-            self._client = JobSubmissionClient(settings.ray_address)
+            self._client = WithDeadline(settings.ray_address)
         except ConnectionError as error:
             raise UnavailableError(
                 f"ray_address={settings.ray_address!r}: the Jobs API doesn't answer; "

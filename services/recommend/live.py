@@ -5,6 +5,7 @@ import logging
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -60,13 +61,25 @@ class LiveModel:
             if serving == self._failed and time.monotonic() < self._failed_at_s + RETRY_S:
                 return
             self._failed, self._failed_at_s = serving, time.monotonic()
-            self._take(serving.version)
+            self._take_or_an_earlier(serving)
             self._failed, self._complaint = None, ""
         except NothingServingError as error:
             self._complain(str(error))
         except Exception as error:  # whatever a broken artifact or file system comes up with
             self._telemetry.swaps_failed.labels(type(error).__name__).inc()
             self._complain(f"{type(error).__name__}: {error}")
+
+    def _take_or_an_earlier(self, serving: Serving) -> None:
+        """A replica that has nothing yet makes do with what served before, and goes on trying."""
+        try:
+            self._take(serving.version)
+        except Exception:
+            earlier = [entry.version for entry in reversed(serving.history[:-1])]
+            for version in dict.fromkeys(earlier) if self.model is None else ():
+                with suppress(Exception):
+                    self._take(version)
+                    break
+            raise
 
     def _take(self, version: int) -> None:
         with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:

@@ -249,6 +249,24 @@ def test_what_cannot_serve_leaves_the_last_good_version(
         until(lambda: ask(client)["model_version"] == 1)
 
 
+def test_a_replica_that_starts_into_trouble_answers_with_what_is_left(
+    live: Settings, promote: Callable[[], int], registry: Registry
+) -> None:
+    promote(), promote(), promote()
+    for version in (2, 3):
+        path = Path(live.registry, f"student/{version:06d}/catalog.parquet")
+        path.write_bytes(path.read_bytes()[:-1])
+    away = live.model_copy(update={"redis": f"127.0.0.1:{processes.free_port()}"})
+    with serving(away) as client:
+        answer = ask(client, user_id="early", recent_items=[item(2)])
+        assert (answer["model_version"], answer["degraded"]) == (1, True)
+        assert answer["fallback"] is None
+        metrics = client.get("/metrics").text
+        assert 'reflux_model_swaps_failed_total{error="CorruptVersionError"} 1.0' in metrics
+        promote()
+        until(lambda: ask(client)["model_version"] == 4)
+
+
 def test_without_the_online_store_it_answers_in_time_and_says_so(
     live: Settings, promote: Callable[[], int], tmp_path: Path
 ) -> None:
