@@ -25,7 +25,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from ray_jobs import checkpoint, recipes
-from ray_jobs.checkpoint import State
+from ray_jobs.checkpoint import CHECKPOINTS_KEPT, State
 from ray_jobs.distiller import Distiller
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import Recipe
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             name=RUN,
             storage_path=settings.checkpoints,
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),
     ).fit()
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_jobs import replay
-from ray_jobs.checkpoint import State
+from ray_jobs.checkpoint import CHECKPOINTS_KEPT, State
 from ray_jobs.learner import learn, trust_in
 from ray_jobs.microbatch import MicroBatch, absorb, group
 from ray_jobs.peers import Peers
@@ -90,6 +90,7 @@ class Distiller:
         self._pending: Pending | None = None
         self._taught = True  # a teacher's labels were there when what is remembered was learned
         self._kept = dict(state.positions)  # as of the newest checkpoint
+        self._unclean = 0  # checkpoints to come until none that is kept knows who was forgotten
         self._probe = MicroBatch.of([], context=config.context_events)
         self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "epoch"), self._clock_s)
         self.publisher = Publisher(
@@ -126,13 +127,15 @@ class Distiller:
             self._publish_news()
         if self._is_due("checkpoint", self.settings.checkpoint_every_s):
             self._learn()
-            if any(self._peers.gather(self.state.positions != self._kept)):
+            due = self.state.positions != self._kept or self._unclean > 0
+            if any(self._peers.gather(due)):
                 self.checkpoint()
 
     def checkpoint(self) -> None:
         """Everything up to here, learned and kept."""
         self._learn()
         self._keep()
+        self._unclean = max(0, self._unclean - 1)
         self._kept = dict(self.state.positions)
 
     def _publish_news(self) -> None:
@@ -168,6 +171,9 @@ class Distiller:
         """Group by user, remember, add what is replayed, and ask the teachers about all of it."""
         state, config = self.state, self._config
         arrivals = received.arrivals(state.catalog)
+        for user_id in received.forgotten:
+            if state.histories.forget(user_id):
+                self._unclean = CHECKPOINTS_KEPT
         answered, hits = answer_lists(
             received, arrivals.events["row"], state.histories, state.catalog
         )

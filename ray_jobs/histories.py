@@ -63,6 +63,13 @@ class Histories:
         user = self._meet(user_id, partition)
         user.events = events[-self._keep :].copy()
 
+    def forget(self, user_id: str) -> bool:
+        """Drop all that is known of a user; whether there was anything."""
+        if self._users.pop(user_id, None) is None:
+            return False
+        self._ids.remove(user_id)
+        return True
+
     def show(self, user_id: str, rows: npt.NDArray[np.int32], *, partition: int) -> None:
         """Remember the list that was shown; the user's next interaction answers it."""
         self._meet(user_id, partition).shown = rows

@@ -22,7 +22,7 @@ from ray_jobs.microbatch import Arrivals
 from services.core.catalog import Catalog
 from services.core.errors import InvalidEventError
 from services.core.eventlog import EPOCH_SPAN, EventLog, epoch_of, kafka_offset
-from services.core.events import EVENTS, Event, EventType, decode_event
+from services.core.events import EVENTS, Event, EventType, decode_event, decode_user_id
 from services.core.history import event_key
 from services.core.kafka import make_consumer, resume_offsets, topic_id
 from services.core.models.sequences import type_codes
@@ -35,6 +35,7 @@ COLUMNS = [
     *("arrival", "partition", "offset"),
 ]
 Positions = Mapping[int, int]
+Row = tuple[Event, int, int]  # and its arrival (ms) and partition
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,12 +61,13 @@ class Received:
     partitions: list[int]
     keys: NDArray[np.int64]
     impressions: list[Impression]
+    forgotten: frozenset[str] = frozenset()  # users who wished it; their events here came later
 
     def __len__(self) -> int:
         return len(self.user_ids)
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[Event, int, int]]) -> Self:
+    def of(cls, rows: Iterable[Row], forgotten: Iterable[str] = ()) -> Self:
         """From (event, arrival ms, partition) in the order of the stream."""
         chosen, shown = [], []
         for event, arrival_ms, partition in rows:
@@ -84,6 +86,7 @@ class Received:
             partitions=[partition for _, _, partition in chosen],
             keys=np.array([event_key(e.event_id) for e, _, _ in chosen], np.int64),
             impressions=shown,
+            forgotten=frozenset(forgotten),
         )
 
     @classmethod
@@ -138,17 +141,18 @@ class EventStream:
         for partition, at in self.positions.items():
             if epoch_of(at) < self._epoch:
                 return self._from_log(partition, at, max_events=max_events)
-        rows: list[tuple[Event, int, int]] = []
+        rows: list[Row] = []
+        forgotten: set[str] = set()
         deadline = time.monotonic() + timeout_s
         n_left = max_events
         while n_left and (left_s := deadline - time.monotonic()) > 0:
             polled = self._consumer.poll(timeout_ms=max(1, int(left_s * 1000)), max_records=n_left)
             for where in sorted(polled, key=lambda where: int(where.partition)):
                 n_left -= len(polled[where])
-                if not self._take(where.partition, polled[where], rows):
+                if not self._take(where.partition, polled[where], rows, forgotten):
                     self._open()
-                    return Received.of(rows)
-        return Received.of(rows)
+                    return Received.of(rows, forgotten)
+        return Received.of(rows, forgotten)
 
     def lag_events(self) -> int:
         """Records in Kafka beyond our positions, as far as the consumer has heard."""
@@ -180,17 +184,22 @@ class EventStream:
                 )
             self._consumer.seek(TopicPartition(EVENTS, partition), 0 if old else kafka_offset(at))
 
-    def _take(self, partition: int, records: Any, rows: list[tuple[Event, int, int]]) -> bool:
+    def _take(self, partition: int, records: Any, rows: list[Row], forgotten: set[str]) -> bool:
         """Add valid events to `rows` and move the position; False: offsets fell, which they never
-        do in one and the same topic."""
+        do in one and the same topic. A wish to be forgotten takes the user's out again."""
         for record in records:
             position = self._epoch * EPOCH_SPAN + record.offset
             if position < self.positions[partition]:
                 return False
             self.positions[partition] = position + 1
             try:
+                if record.value is None and record.key:
+                    user_id = decode_user_id(record.key)
+                    forgotten.add(user_id)
+                    rows[:] = [row for row in rows if row[0].user_id != user_id]
+                    continue
                 event = decode_event(
-                    record.value,
+                    record.value or b"",
                     arrival_ms=record.timestamp,
                     max_future_s=self._settings.max_future_s,
                 )

@@ -20,10 +20,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 events_app = typer.Typer(help="Send events, replay a log of them.", no_args_is_help=True)
+dead_app = typer.Typer(help="Records that were refused, with the reason.", no_args_is_help=True)
+features_app = typer.Typer(help="The online store.", no_args_is_help=True)
 teacher_app = typer.Typer(help="The large model, refreshed periodically.", no_args_is_help=True)
 student_app = typer.Typer(help="The distillation job.", no_args_is_help=True)
 models_app = typer.Typer(help="Published versions.", no_args_is_help=True)
 app.add_typer(events_app, name="events")
+events_app.add_typer(dead_app, name="dead")
+app.add_typer(features_app, name="features")
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(student_app, name="student")
 app.add_typer(models_app, name="models")
@@ -213,6 +217,45 @@ def events_replay(
     settings = _settings()
     sent = replay(settings, dataset=dataset, rate=rate, skip=skip, limit=events or None)
     print(f"{sent:,} events accepted")
+
+
+@dead_app.command("list")
+def dead_list(
+    as_json: JsonOption = False,
+    payload: Annotated[bool, typer.Option(help="show the records themselves")] = False,
+) -> None:
+    """Dead letters that have not been replayed yet, oldest first."""
+    from services.ingest.dead import dead_letters
+
+    letters = dead_letters(_settings())
+    for letter in letters:
+        shown = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
+        shown |= {"at_ms": letter.at_ms, "reason": letter.reason}
+        if payload:
+            shown |= {"raw": letter.raw.decode(errors="backslashreplace")}
+        print(json.dumps(shown) if as_json else "  ".join(map(str, shown.values())))
+    if not letters and not as_json:
+        print("no dead letters")
+
+
+@dead_app.command("replay")
+def dead_replay() -> None:
+    """Send each to the topic it came from once more; what is still wrong comes back."""
+    from services.ingest.dead import replay
+
+    print(f"{replay(_settings()):,} dead letters sent again")
+
+
+@features_app.command("rebuild")
+def features_rebuild() -> None:
+    """Let the feature workers write everything online again, from the offline log.
+
+    They do so by themselves where Redis has come back empty.
+    """
+    from services.core.features import FeatureStore
+
+    FeatureStore(_settings()).mark_unfilled()
+    print("the feature workers rebuild the online store; those that don't run, at their start")
 
 
 @teacher_app.command("refresh")

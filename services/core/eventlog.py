@@ -22,6 +22,7 @@ import orjson
 import pyarrow as pa
 
 from services.core.events import EVENTS, ITEMS, Event, Item
+from services.core.forgetting import Tombstone, Tombstones, forgotten_rows
 from services.core.spans import Span, SpanFiles
 
 EPOCH_SPAN: Final = 10**12  # offsets one incarnation of a topic may use
@@ -114,6 +115,7 @@ class EventLog:
         self.schema: pa.Schema = SCHEMAS[topic]
         self._files = SpanFiles(root, topic, prefix=topic, schema=self.schema)
         self._key = "event_id" if topic == EVENTS else None
+        self._tombstones = Tombstones(root) if topic == EVENTS else None
 
     def epoch(self, topic_id: str) -> int:
         """The number of this incarnation of the topic, given the id that Kafka gave it.
@@ -180,12 +182,34 @@ class EventLog:
         """
         wanted = list(self.schema.names) if columns is None else list(columns)
         order = ["timestamp", "partition", "offset"]
-        needed = list(dict.fromkeys([*wanted, *order, *([self._key] if self._key else [])]))
+        gone = forgotten_rows(self._tombstones.pending()) if self._tombstones else None
+        extra = [*([self._key] if self._key else []), *(["user_id"] if gone is not None else [])]
+        needed = list(dict.fromkeys([*wanted, *order, *extra]))
         table = self._files.read(needed, since=since or {}, until=until or {})
+        if gone is not None:
+            table = table.filter(~gone)
         if self._key:
             table = _first_of_each(table, self._key)
         by = table.sort_by([(name, "ascending") for name in order])
         return by.select(wanted).combine_chunks()
+
+    def forget(self, tombstone: Tombstone) -> None:
+        """From now on nobody reads the user's events before this; `purge` removes them."""
+        assert self._tombstones is not None
+        self._tombstones.add(tombstone)
+
+    def purge(self, *others: SpanFiles) -> int:
+        """Remove what was to be forgotten from the log's files and from those `others`, then the
+        wish itself; return how many rows are gone. Safe to repeat after a crash."""
+        assert self._tombstones is not None
+        end = self.end()  # rows before a tombstone may still be on their way into the log
+        due = [t for t in self._tombstones.pending() if t.offset < end.get(t.partition, 0)]
+        rows = forgotten_rows(due)
+        if rows is None:
+            return 0
+        gone = sum(files.purge(rows) for files in (self._files, *others))
+        self._tombstones.remove(due)
+        return gone
 
     def compact(self) -> int:
         """Merge neighbouring small files; return how many files are gone. Safe beside readers,

@@ -11,7 +11,7 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from services.core.errors import InvalidEventError
 
@@ -21,6 +21,7 @@ SCHEMA_VERSION: Final = 1
 MAX_TIMESTAMP_MS: Final = 4_102_444_800_000  # 2100-01-01: catches micro- and nanoseconds
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_USER_ID: Final[TypeAdapter[str]] = TypeAdapter(Id)
 
 
 class EventType(StrEnum):
@@ -92,6 +93,16 @@ def decode_event(raw: bytes, *, arrival_ms: int, max_future_s: float) -> Event:
 
 def decode_item(raw: bytes) -> Item:
     return _decode(Item, raw)
+
+
+def decode_user_id(key: bytes) -> str:
+    """The user whom a record with this key and no value wishes to be forgotten."""
+    try:
+        return _USER_ID.validate_python(key.decode())
+    except (ValidationError, UnicodeDecodeError):
+        raise InvalidEventError(
+            field="key", value=key[:256], fix="must be a user id in UTF-8 where there is no value"
+        ) from None
 
 
 def check_not_future(event: Event, *, arrival_ms: int, max_future_s: float) -> None:

@@ -9,6 +9,7 @@ import copy
 import json
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -112,6 +113,55 @@ class FeatureStore:
             self._protos.user_history(user_id, features)
             for user_id, features in zip(user_ids, found, strict=True)
         ]
+
+    def unfilled(self, topic: str, partitions: Iterable[int]) -> set[int]:
+        """Partitions whose records this store has not, as far as it knows: it is new, or it has
+        lost everything."""
+        client = self._online._get_client(self._config.online_store)
+        try:
+            return {p for p in partitions if not client.exists(self._mark(topic, p))}
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
+
+    def mark_filled(self, topic: str, partitions: Iterable[int]) -> None:
+        """Say that all logged records of these partitions are in the store."""
+        client = self._online._get_client(self._config.online_store)
+        try:
+            for partition in partitions:
+                client.set(self._mark(topic, partition), 1)
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
+
+    def mark_unfilled(self) -> None:
+        """Let the workers rebuild the store from the log."""
+        client = self._online._get_client(self._config.online_store)
+        try:
+            for key in client.scan_iter(match=self._mark("*", "*")):
+                client.delete(key)
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
+
+    def _mark(self, topic: str, partition: int | str) -> str:
+        return f"{self._config.project}:filled:{topic}:{partition}"
+
+    def forget_users(self, user_ids: Sequence[str]) -> None:
+        """Delete these users' rows online."""
+        from feast.infra.online_stores.helpers import _redis_key
+
+        version = self._config.entity_key_serialization_version
+        client = self._online._get_client(self._config.online_store)
+        try:
+            for user_id in user_ids:
+                key = self._protos.key("user_id", user_id)
+                client.delete(_redis_key(self._config.project, key, version))
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
+
+    def purge(self) -> None:
+        """Have Redis write its append-only file anew, without what has been deleted, where it has
+        one and lets us."""
+        with suppress(self._redis_error):
+            self._online._get_client(self._config.online_store).bgrewriteaof()
 
     def write_items(self, items: Iterable[Item]) -> None:
         """Replace these items' metadata online; their popularity stays."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError, TopicAlreadyExistsError
@@ -19,6 +19,7 @@ from services.core.events import EVENTS, ITEMS, dead_topic
 from services.core.settings import Settings
 
 MAX_RECORD_BYTES: Final = 1_000_000  # Kafka's default limit is 1 MiB, headers included
+KeyValue: TypeAlias = tuple[bytes, bytes | None]
 GROUP: Final = "reflux-features"  # the feature workers
 
 
@@ -128,12 +129,12 @@ class Publisher:
     def publish(
         self,
         topic: str,
-        records: Iterable[tuple[bytes, bytes]],
+        records: Iterable[KeyValue],
         *,
         deadline: float | None = None,
     ) -> None:
         """Send (key, value) pairs; raise `UnavailableError` after `deadline` (monotonic seconds;
-        default: in `kafka_timeout_s`).
+        default: in `kafka_timeout_s`). A key without a value wishes to be forgotten.
 
         After the error some of the records may be in Kafka nevertheless.
         """
@@ -175,11 +176,15 @@ class Publisher:
 
 
 def _send(
-    producer: KafkaProducer, topic: str, records: list[tuple[bytes, bytes]], *, deadline: float
-) -> tuple[KafkaError | None, list[tuple[bytes, bytes]]]:
+    producer: KafkaProducer,
+    topic: str,
+    records: list[KeyValue],
+    *,
+    deadline: float,
+) -> tuple[KafkaError | None, list[KeyValue]]:
     """Send all; return the last error, if any, and the records that were not acknowledged."""
     sent = []
-    failed: list[tuple[bytes, bytes]] = []
+    failed: list[KeyValue] = []
     error: KafkaError | None = None
     for key, value in records:
         try:

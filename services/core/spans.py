@@ -15,6 +15,7 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
@@ -106,6 +107,28 @@ class SpanFiles:
             except FileNotFoundError:  # another process compacts: leave the rest to it
                 return gone
         return gone
+
+    def purge(self, rows: pc.Expression) -> int:
+        """Write every file that has such rows anew, without them; return how many rows are gone.
+
+        Also the files that compaction has merged and not yet removed. A crash leaves some files
+        done: call again.
+        """
+        gone = 0
+        for span in self.spans():
+            try:
+                found = self._dataset(span).count_rows(filter=rows)
+                if found:
+                    self.write(self._dataset(span).to_table(filter=~rows), span)
+            except FileNotFoundError:  # compacted meanwhile: the merged file is a span of its own
+                return gone + self.purge(rows)
+            gone += found
+        return gone
+
+    def _dataset(self, span: Span) -> pyarrow.dataset.Dataset:
+        return pyarrow.dataset.dataset(
+            self._file(span), schema=self.schema, format="parquet", filesystem=self.fs
+        )
 
     def _read(self, piece: "_Piece", columns: Sequence[str]) -> pa.Table:
         whole = piece.span.first == piece.lo and piece.span.last == piece.hi

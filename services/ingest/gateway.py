@@ -38,7 +38,7 @@ from services.core.errors import (
     InvalidEventError,
     UnavailableError,
 )
-from services.core.events import EVENTS, ITEMS, Event, Item
+from services.core.events import EVENTS, ITEMS, Event, Item, decode_user_id
 from services.core.kafka import Publisher, topic_id
 from services.core.settings import Settings
 from services.ingest.batch import NDJSON, Answer, Batch, parse_events, parse_items, rejection, split
@@ -176,6 +176,22 @@ def create_app(settings: Settings) -> FastAPI:
             return items(_with_item_id(body, item_id), "application/json")
 
         return await accept(request, ITEMS, metrics.items, item)
+
+    @app.delete("/v1/users/{user_id:path}", status_code=202, response_model=Answer)
+    async def delete_user(user_id: str, request: Request) -> Response:
+        """Forget a user: features, logged events, replay buffer and checkpoints, within a minute
+        or two (role: operate). What comes after this request is a new user's.
+
+        Kafka itself keeps the user's records until its retention ends.
+        """
+        let_in(request, "operate")
+        key = decode_user_id(user_id.encode())
+
+        def work() -> None:
+            publisher.publish(EVENTS, [(key.encode(), None)])
+
+        await run_in_threadpool(work)
+        return JSONResponse(Answer(accepted=1).model_dump(), status_code=202)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

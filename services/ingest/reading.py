@@ -1,12 +1,21 @@
 """What a worker knows of a partition, and how it tells records from dead letters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from services.core.errors import InvalidEventError
 from services.core.eventlog import EPOCH_SPAN, Arrived, epoch_of
-from services.core.events import EVENTS, Event, Item, dead_letter, decode_event, decode_item
+from services.core.events import (
+    EVENTS,
+    Event,
+    Item,
+    dead_letter,
+    decode_event,
+    decode_item,
+    decode_user_id,
+)
+from services.core.forgetting import Tombstone
 
 DeadLetters: TypeAlias = list[tuple[bytes, bytes]]  # key, value
 
@@ -20,6 +29,7 @@ class Reading:
     next: int  # log offset of the next record to apply
     rows: list[Arrived[Any]] = field(default_factory=list)
     dead: DeadLetters = field(default_factory=list)
+    forgotten: list[Tombstone] = field(default_factory=list)
 
     @property
     def base(self) -> int:
@@ -27,33 +37,56 @@ class Reading:
         return epoch_of(self.next) * EPOCH_SPAN
 
 
+@dataclass(kw_only=True)
+class Sorted:
+    """What was polled of one partition."""
+
+    topic: str
+    base: int
+    valid: list[Arrived[Any]] = field(default_factory=list)
+    dead: DeadLetters = field(default_factory=list)
+    forgotten: list[Tombstone] = field(default_factory=list)
+
+    def bury(self, records: Sequence[Any], poison: Sequence[tuple[Arrived[Any], str]]) -> None:
+        """Make dead letters of those valid records of ours that turned out to be poison."""
+        reasons = {id(arrived): reason for arrived, reason in poison}
+        raw = {self.base + record.offset: record for record in records} if reasons else {}
+        for arrived in [arrived for arrived in self.valid if id(arrived) in reasons]:
+            self.valid.remove(arrived)
+            self.dead.append(_letter(self.topic, raw[arrived.offset], reasons[id(arrived)]))
+
+
 def sort_out(
     topic: str, records: Iterable[Any], *, base: int, now_ms: int, max_future_s: float
-) -> tuple[list[Arrived[Any]], DeadLetters]:
-    """The valid records, and dead letters (key, value) for the others. Pure."""
-    rows: list[Arrived[Any]] = []
-    dead: DeadLetters = []
+) -> Sorted:
+    """The valid records, whom to forget, and dead letters (key, value) for the rest. Pure.
+
+    A user's events before the wish to forget them are not among the valid ones.
+    """
+    found = Sorted(topic=topic, base=base)
     for record in records:
         # The producer's stamp where the broker has none of its own; never from the future.
         arrival_ms = min(record.timestamp, now_ms)
-        raw = record.value or b""
         try:
+            if topic == EVENTS and record.value is None and record.key:
+                user_id = decode_user_id(record.key)
+                found.valid = [one for one in found.valid if one.record.user_id != user_id]
+                found.forgotten.append(
+                    Tombstone(
+                        user_id=user_id, partition=record.partition, offset=base + record.offset
+                    )
+                )
+                continue
+            raw = record.value or b""
             decoded: Event | Item = (
                 decode_event(raw, arrival_ms=arrival_ms, max_future_s=max_future_s)
                 if topic == EVENTS
                 else decode_item(raw)
             )
         except InvalidEventError as error:
-            letter = dead_letter(
-                raw,
-                reason=str(error),
-                topic=topic,
-                partition=record.partition,
-                offset=record.offset,
-            )
-            dead.append((record.key or b"", letter))
+            found.dead.append(_letter(topic, record, str(error)))
         else:
-            rows.append(
+            found.valid.append(
                 Arrived(
                     record=decoded,
                     arrival_ms=arrival_ms,
@@ -61,4 +94,15 @@ def sort_out(
                     offset=base + record.offset,
                 )
             )
-    return rows, dead
+    return found
+
+
+def _letter(topic: str, record: Any, reason: str) -> tuple[bytes, bytes]:
+    letter = dead_letter(
+        record.value or b"",
+        reason=reason,
+        topic=topic,
+        partition=record.partition,
+        offset=record.offset,
+    )
+    return record.key or b"", letter

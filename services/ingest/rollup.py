@@ -80,11 +80,18 @@ class RollUp:
         self._seen: pa.Table | None = None
         self._end: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._written: dict[str, ItemStats] = {}
+        self._lost = False
+
+    def write_all(self) -> None:
+        """Let the next pass write every item, changed or not: the online store has lost them."""
+        self._lost = True
 
     def run(self) -> None:
         """One pass; nothing to do where the log has not grown."""
         end = (self._events.end(), self._items.end())
-        if end == self._end:
+        if self._lost:
+            self._lost, self._written = False, {}
+        elif end == self._end:
             return
         started = time.monotonic()
         events = self._interactions(until=end[0])

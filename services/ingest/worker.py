@@ -13,8 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter as Counts
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -25,11 +23,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.errors import IllegalStateError, KafkaError
 from kafka.structs import OffsetAndMetadata
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import start_http_server
 
 from services.core.errors import RefluxError, UnavailableError
 from services.core.eventlog import (
-    Arrived,
     EventLog,
     epoch_of,
     events_table,
@@ -39,17 +36,17 @@ from services.core.eventlog import (
 from services.core.events import (
     EVENTS,
     ITEMS,
-    Event,
-    Item,
     dead_topic,
 )
 from services.core.features import FeatureStore
-from services.core.history import UserHistory, merge
 from services.core.kafka import GROUP, Publisher, ensure_topics, make_consumer, resume_offsets
 from services.core.settings import Settings
 from services.core.spans import Span, SpanFiles
+from services.ingest.metrics import Metrics
 from services.ingest.offline import USER_HISTORY, user_history_table
-from services.ingest.reading import DeadLetters, Reading, sort_out
+from services.ingest.online import Online, Poison
+from services.ingest.reading import Reading, Sorted, sort_out
+from services.ingest.rebuild import rebuild
 from services.ingest.rollup import RollUp
 
 POLL_MS: Final = 100
@@ -61,37 +58,6 @@ ROLL_UP_SHARE: Final = 10  # a roll-up pauses for at least this many times what 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Commits: TypeAlias = dict[TopicPartition, OffsetAndMetadata]
-
-
-class Metrics:
-    """What a worker counts; one registry per worker, so that tests can make several."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.events = Counter(
-            "reflux_worker_events", "Applied events by type", ["type"], registry=self.registry
-        )
-        self.items = Counter("reflux_worker_items", "Applied items", registry=self.registry)
-        self.duplicates = Counter(
-            "reflux_worker_duplicates", "Events whose id counted already", registry=self.registry
-        )
-        self.dead = Counter(
-            "reflux_worker_dead_letters", "Records against the contract", registry=self.registry
-        )
-        self.lag = Gauge(
-            "reflux_worker_lag_events",
-            "Records in the worker's partitions not yet applied",
-            registry=self.registry,
-        )
-        self.freshness = Histogram(
-            "reflux_feature_freshness_seconds",
-            "From an event's arrival to its user's features online",
-            buckets=(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2.5, 5, 15, 60),
-            registry=self.registry,
-        )
-        self.flush = Histogram(
-            "reflux_worker_flush_seconds", "Writing to the offline log", registry=self.registry
-        )
 
 
 class Worker(ConsumerRebalanceListener):
@@ -106,12 +72,12 @@ class Worker(ConsumerRebalanceListener):
         self._history = SpanFiles(
             settings.offline, "user_history", prefix=EVENTS, schema=USER_HISTORY
         )
+        self._online = Online(features, self.metrics, history_events=settings.history_events)
         self._roll_up = RollUp(settings, features)
         self._stop = threading.Event()
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
-        self._touched: dict[str, UserHistory] = {}
         self._flushed_s = time.monotonic()
         self._create_topics_at_s = 0.0
 
@@ -176,6 +142,7 @@ class Worker(ConsumerRebalanceListener):
             self._patiently(lambda: self._apply(polled))
             if self._flush_is_due():
                 commits = self._patiently(self._flush)
+                self._patiently(self._notice_lost_store)
         if commits:
             consumer.commit_async(commits)
         self._look_at_ends(consumer)
@@ -184,8 +151,7 @@ class Worker(ConsumerRebalanceListener):
     def _apply(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
         """Bring one poll online. Repeating it after a failure changes nothing."""
         now_ms = _now_ms()
-        applied: list[tuple[Reading, Sequence[Any], list[Arrived[Any]], DeadLetters]] = []
-        rows: dict[str, list[Arrived[Any]]] = {EVENTS: [], ITEMS: []}
+        applied: list[tuple[Reading, Sequence[Any], Sorted]] = []
         for partition, records in polled.items():
             reading = self._reading.get(partition)
             if reading is None:  # not resumed yet: these come again
@@ -193,49 +159,26 @@ class Worker(ConsumerRebalanceListener):
             if records[0].offset < kafka_offset(reading.next):  # another incarnation of the topic
                 self._release([partition])
                 continue
-            valid, dead = sort_out(
+            found = sort_out(
                 partition.topic,
                 records,
                 base=reading.base,
                 now_ms=now_ms,
                 max_future_s=self._settings.max_future_s,
             )
-            rows[partition.topic] += valid
-            applied.append((reading, records, valid, dead))
-        self._write_users(rows[EVENTS], now_ms=now_ms)
-        self._write_items(rows[ITEMS])
-        for reading, records, valid, dead in applied:
-            reading.rows += valid
-            reading.dead += dead
+            applied.append((reading, records, found))
+        self._online.forget([wish for _, _, found in applied for wish in found.forgotten])
+        poison: Poison = []
+        for topic in (EVENTS, ITEMS):
+            parts = [found.valid for _, _, found in applied if found.topic == topic]
+            poison += self._online.apply(topic, list(chain.from_iterable(parts)))
+        for reading, records, found in applied:
+            found.bury(records, poison)
+            reading.rows += found.valid
+            reading.dead += found.dead
+            reading.forgotten += found.forgotten
             reading.next = reading.base + records[-1].offset + 1
-
-    def _write_users(self, events: list[Arrived[Event]], *, now_ms: int) -> None:
-        by_user: dict[str, list[Arrived[Event]]] = defaultdict(list)
-        for arrived in events:
-            if arrived.record.is_interaction:
-                by_user[arrived.record.user_id].append(arrived)
-        if by_user:
-            limit = self._settings.history_events
-            merged: list[UserHistory] = []
-            for history in self._features.read_users(list(by_user)):
-                row, duplicates = merge(
-                    history, by_user[history.user_id], limit=limit, now_ms=now_ms
-                )
-                self.metrics.duplicates.inc(duplicates)
-                merged.append(row)
-            self._features.write_users(merged)
-            self._touched.update((row.user_id, row) for row in merged)
-            written_ms = _now_ms()
-            for arrived in chain.from_iterable(by_user.values()):
-                self.metrics.freshness.observe((written_ms - arrived.arrival_ms) / 1000)
-        for kind, count in Counts(arrived.record.type.value for arrived in events).items():
-            self.metrics.events.labels(kind).inc(count)
-
-    def _write_items(self, items: list[Arrived[Item]]) -> None:
-        if items:
-            latest = {arrived.record.item_id: arrived.record for arrived in items}
-            self._features.write_items(latest.values())
-            self.metrics.items.inc(len(items))
+        self.metrics.poison.inc(len(poison))
 
     def _flush_is_due(self) -> bool:
         pending = [reading for reading in self._reading.values() if reading.next > reading.first]
@@ -253,16 +196,19 @@ class Worker(ConsumerRebalanceListener):
             self._publisher.publish(dead_topic(partition.topic), reading.dead)
             self.metrics.dead.inc(len(reading.dead))
             reading.dead = []
+        touched = self._online.take_touched()
         for partition, reading in pending.items():
+            for wish in reading.forgotten:  # before the span that says it has been seen
+                self._logs[EVENTS].forget(wish)
+            reading.forgotten = []
             span = Span(partition=reading.partition, first=reading.first, last=reading.next - 1)
             table = events_table if partition.topic == EVENTS else items_table
             self._logs[partition.topic].append(table(reading.rows), span)
             if partition.topic == EVENTS:
-                users = [r for r in self._touched.values() if r.partition == reading.partition]
+                users = [r for r in touched if r.partition == reading.partition]
                 if users:
                     self._history.write(user_history_table(users), span)
             reading.first, reading.rows = reading.next, []
-        self._touched.clear()
         self._flushed_s = time.monotonic()
         self.metrics.flush.observe(self._flushed_s - started_s)
         return {partition: _commit(reading.next) for partition, reading in pending.items()}
@@ -294,12 +240,37 @@ class Worker(ConsumerRebalanceListener):
             numbers = [partition.partition for partition in new if partition.topic == topic]
             log = self._logs[topic]
             starts = self._patiently(partial(resume_offsets, self._settings, log, numbers))
+            self._patiently(partial(self._rebuild, topic, starts))
             for number, start in starts.items():
                 partition = TopicPartition(topic, number)
                 if self._seek(consumer, partition, start):
                     commits[partition] = _commit(start)
         if commits:  # whoever had them before may have flushed without being able to commit
             consumer.commit_async(commits)
+
+    def _rebuild(self, topic: str, starts: Mapping[int, int]) -> None:
+        """Fill an online store that lacks what the log has of partitions that are now ours."""
+        lost = self._features.unfilled(topic, starts)
+        if not lost:
+            return
+        rows = rebuild(
+            self._features,
+            self._logs[topic],
+            {partition: starts[partition] for partition in lost},
+            history_events=self._settings.history_events,
+        )
+        self._features.mark_filled(topic, lost)
+        self._roll_up.write_all()
+        if rows:
+            logger.warning("wrote %d rows of %s %s online from the log", rows, topic, sorted(lost))
+        self.metrics.rebuilt.inc(rows)
+
+    def _notice_lost_store(self) -> None:
+        """Go back to `_rebuild` where Redis has come back empty, or `reflux features rebuild`."""
+        for topic in (EVENTS, ITEMS):
+            mine = {p.partition: p for p in self._reading if p.topic == topic}
+            lost = self._features.unfilled(topic, mine)
+            self._release(mine[number] for number in lost)
 
     def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> bool:
         """Go on from log offset `start`; False where the partition has just been revoked."""
@@ -334,8 +305,15 @@ class Worker(ConsumerRebalanceListener):
             self._roll_up.run()
         except UnavailableError as error:
             logger.error("item popularity waits: %s", error)
-        self._history.compact()
+        self._forget()
         return time.monotonic() - started_s
+
+    def _forget(self) -> None:
+        gone = self._logs[EVENTS].purge(self._history)
+        self._history.compact()
+        if gone:
+            self._features.purge()
+            logger.info("%d rows of forgotten users are gone from the offline files", gone)
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
         """Repeat until Kafka and Redis answer, or until `stop`."""

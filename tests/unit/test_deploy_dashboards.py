@@ -11,7 +11,8 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from services.ingest import gateway, worker
+from services.ingest import gateway
+from services.ingest import metrics as worker
 from services.recommend.telemetry import Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -311,3 +311,22 @@ def test_two_workers_keep_one_student_and_one_may_take_over(tmp_path: Path) -> N
     assert alone.positions == {0: 200, 1: 200}
     assert {user[:3] for user in alone.histories.users()} == {"u0-", "u1-"}
     assert len(alone.catalog) == 31
+
+
+def test_a_user_who_wished_it_is_in_no_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    state, kept = new_state(), list[set[str]]()
+    log = Log(60)
+    run = distiller(state, log, tmp_path, keep=lambda: kept.append(set(state.histories.users())))
+    while log.positions[0] < 60:
+        run.tick()
+    run.checkpoint()
+    assert "u0-3" in state.histories
+    nothing = log.received(60, 60)
+    received = iter([replace(nothing, forgotten=frozenset({"u0-3", "a stranger"}))])
+    log.poll = lambda **_: next(received, nothing)  # type: ignore[method-assign]
+    n_before = len(kept)
+    for _ in range(12):
+        run.tick()
+    assert len(kept) == n_before + checkpoint.CHECKPOINTS_KEPT  # and no more, with nothing to keep
+    assert not any("u0-3" in users for users in kept[n_before:])
+    assert len(kept[-1]) == 11

@@ -1,0 +1,105 @@
+"""Dead letters: what is in them, and back with them once the cause is gone."""
+
+import base64
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from kafka import KafkaConsumer, TopicPartition
+from kafka.structs import OffsetAndMetadata
+
+from services.core.errors import UnavailableError
+from services.core.events import EVENTS, ITEMS, dead_topic
+from services.core.kafka import Publisher, end_offsets, make_consumer
+from services.core.settings import Settings
+
+GROUP: Final = "reflux-dead-letters"  # its commits say what has been replayed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dead:
+    """One record that was refused, as it came."""
+
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+    key: bytes
+    raw: bytes
+    at_ms: int
+    position: int  # in the dead-letter topic
+
+
+def dead_letters(settings: Settings) -> list[Dead]:
+    """Those of both topics that have not been replayed yet, oldest first."""
+    return [letter for topic in (EVENTS, ITEMS) for letter in _of(settings, topic)]
+
+
+def replay(settings: Settings) -> int:
+    """Send each to the topic that it came from, once more; how many.
+
+    What is still refused comes back as a new dead letter.
+    """
+    publisher = Publisher(settings)
+    sent = 0
+    try:
+        for topic in (EVENTS, ITEMS):
+            letters = list(_of(settings, topic))
+            if letters:
+                publisher.publish(topic, [(letter.key, letter.raw) for letter in letters])
+                _commit(settings, topic, letters[-1].position + 1)
+                sent += len(letters)
+    finally:
+        publisher.close()
+    return sent
+
+
+def _of(settings: Settings, topic: str) -> Iterator[Dead]:
+    name = dead_topic(topic)
+    end = end_offsets(settings, name)[0]
+    where = TopicPartition(name, 0)
+    consumer: KafkaConsumer = make_consumer(settings, group=GROUP)
+    try:
+        consumer.assign([where])
+        at = consumer.committed(where) or 0
+        if at > end:  # the topic is younger than the commit
+            at = 0
+        first = consumer.beginning_offsets([where])[where]
+        at = max(at, first)
+        consumer.seek(where, at)
+        deadline = time.monotonic() + settings.kafka_timeout_s
+        while at < end:
+            for record in consumer.poll(timeout_ms=100).get(where, []):
+                at = record.offset + 1
+                deadline = time.monotonic() + settings.kafka_timeout_s
+                yield _decode(record)
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{name} ends at {end}, but nothing came after {at}")
+    finally:
+        consumer.close()
+
+
+def _commit(settings: Settings, topic: str, position: int) -> None:
+    where = TopicPartition(dead_topic(topic), 0)
+    consumer: KafkaConsumer = make_consumer(settings, group=GROUP)
+    try:
+        consumer.assign([where])
+        consumer.commit({where: OffsetAndMetadata(position, "", -1)})
+    finally:
+        consumer.close()
+
+
+def _decode(record: Any) -> Dead:
+    letter = orjson.loads(record.value)
+    return Dead(
+        topic=letter["topic"],
+        partition=letter["partition"],
+        offset=letter["offset"],
+        reason=letter["reason"],
+        key=record.key or b"",
+        raw=base64.b64decode(letter["raw"]),
+        at_ms=record.timestamp,
+        position=record.offset,
+    )

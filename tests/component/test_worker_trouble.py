@@ -1,0 +1,184 @@
+"""Poison, dead letters, users to be forgotten, and an online store that lost everything."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import redis as redis_client
+
+from services.core.eventlog import EventLog
+from services.core.events import ITEMS, Item, encode
+from services.core.features import FeatureStore
+from services.core.history import UserHistory
+from services.core.kafka import Publisher
+from services.core.settings import Settings
+from services.ingest.dead import dead_letters, replay
+from services.local import processes
+from tests.component.test_gateway import served
+from tests.component.test_worker import (
+    comparable,
+    event,
+    from_log,
+    has_caught_up,
+    own,  # noqa: F401
+    publish,
+    wait_for,
+    working,
+)
+
+
+@pytest.fixture
+def alone(own: Settings, tmp_path: Path) -> Iterator[tuple[Settings, processes.Process]]:  # noqa: F811
+    """Kafka, Redis and files that nobody else uses."""
+    port = processes.free_port()
+    redis = processes.Process(processes.redis(port, data=tmp_path / "redis"), logs=tmp_path)
+    try:
+        redis.wait_ready()
+        yield own.model_copy(update={"redis": f"127.0.0.1:{port}"}), redis
+    finally:
+        redis.stop()
+
+
+def test_poison_goes_to_the_dead_letters_and_back_once_the_cause_is_gone(
+    own: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user = "trouble-poison"
+    features = FeatureStore(own)
+    write_users = features.write_users
+
+    def allergic(rows: list[UserHistory]) -> None:
+        if any("item 13" in row.item_ids for row in rows):
+            raise ValueError("no thirteens")
+        write_users(rows)
+
+    monkeypatch.setattr(features, "write_users", allergic)
+    too_large_for_the_log = event(7, user=user, context={"n": 10**30})
+    events = [event(n, user=user) for n in range(20) if n != 7]
+    with working(own, features) as worker:
+        publish(own, [*events, too_large_for_the_log])
+        wait_for(lambda: has_caught_up(own))
+        assert worker.metrics.poison._value.get() == 2
+        letters = {letter.raw: letter for letter in dead_letters(own)}
+        assert letters.keys() == {encode(event(13, user=user)), encode(too_large_for_the_log)}
+        assert "no thirteens" in letters[encode(event(13, user=user))].reason
+        assert "64-bit" in letters[encode(too_large_for_the_log)].reason
+
+        monkeypatch.undo()
+        assert replay(own) == 2
+        wait_for(lambda: features.read_users([user])[0].n_events == 19)
+        wait_for(lambda: has_caught_up(own))
+        assert [letter.raw for letter in dead_letters(own)] == [encode(too_large_for_the_log)]
+    assert [comparable(features.read_users([user])[0])] == from_log(own, [user])
+    assert len(EventLog(own.offline).read()) == 19
+
+
+def test_a_forgotten_user_is_nowhere_on_disk(
+    alone: tuple[Settings, processes.Process], tmp_path: Path
+) -> None:
+    settings, _ = alone
+    features = FeatureStore(settings)
+    users = ["trouble-stays", "trouble-forgotten"]
+    keyed = settings.model_copy(update={"log_flush_s": 0.05})
+    with working(keyed, features), served(keyed) as gateway:
+        for n in range(30):  # several files, merged and not yet removed ones among them
+            publish(keyed, [event(n, user=user) for user in users])
+            time.sleep(0.06)
+        wait_for(lambda: has_caught_up(keyed))
+        assert found_on_disk(tmp_path, "trouble-forgotten")
+        assert gateway.delete("/v1/users/trouble-forgotten").status_code == 202
+        wait_for(lambda: features.read_users(users[1:])[0].n_events == 0)
+        wait_for(lambda: has_caught_up(keyed))
+        wait_for(lambda: not found_on_disk(tmp_path, "trouble-forgotten"))
+        log = EventLog(keyed.offline).read()
+        assert set(log["user_id"].to_pylist()) == {"trouble-stays"} and len(log) == 30
+        assert features.read_users(users)[0].n_events == 30
+
+        publish(keyed, [event(99, user="trouble-forgotten")])  # a new user of that name
+        wait_for(lambda: features.read_users(users[1:])[0].n_events == 1)
+        wait_for(lambda: has_caught_up(keyed))
+    assert [comparable(row) for row in features.read_users(users)] == from_log(keyed, users)
+
+
+def test_whoever_reads_the_log_meets_no_forgotten_user_even_before_it_is_purged(
+    settings: Settings,
+) -> None:
+    from services.core.eventlog import Arrived, events_table
+    from services.core.forgetting import Tombstone
+
+    log = EventLog(settings.offline)
+    arrived = [
+        Arrived(record=event(n, user=user), arrival_ms=n, partition=0, offset=2 * n + which)
+        for n in range(3)
+        for which, user in enumerate(["a", "b"])
+    ]
+    log.append(events_table(arrived))
+    log.forget(Tombstone(user_id="b", partition=0, offset=4))
+    assert log.read(columns=["offset"])["offset"].to_pylist() == [0, 2, 4, 5]
+    late = Tombstone(user_id="a", partition=0, offset=6)  # its own span is not in the log yet
+    log.forget(late)
+    assert log.purge() == 2
+    assert log.read(columns=["offset"])["offset"].to_pylist() == [5]
+    assert log.end() == {0: 6}
+
+
+def found_on_disk(folder: Path, text: str) -> list[Path]:
+    """Files that hold the text, compressed or not."""
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and (text.encode() in path.read_bytes() or _in_table(path, text)):
+                found.append(path)
+        except FileNotFoundError:  # compacted meanwhile
+            continue
+    return found
+
+
+def _in_table(path: Path, text: str) -> bool:
+    if path.suffix != ".parquet":
+        return False
+    table = pq.read_table(path)
+    names = [field.name for field in table.schema if str(field.type) == "string"]
+    return any(pc.any(pc.match_substring(table[name], text)).as_py() for name in names)
+
+
+def test_an_online_store_that_lost_everything_is_filled_from_the_log(
+    alone: tuple[Settings, processes.Process],
+) -> None:
+    settings, _ = alone
+    users = [f"trouble-lost-{n}" for n in range(9)]
+    features = FeatureStore(settings)
+    store = redis_client.Redis(port=int(settings.redis.split(":")[1]))
+
+    def send(first: int, last: int) -> None:
+        publish(settings, [event(n, user=users[n % 9]) for n in range(first, last)])
+
+    def all_there(n: int) -> bool:
+        rows = features.read_users(users)
+        return sum(row.n_events for row in rows) == n and has_caught_up(settings)
+
+    with working(settings, features) as worker:
+        publisher = Publisher(settings)
+        item = Item(item_id="item 1", title="One", text="long")
+        publisher.publish(ITEMS, [(b"item 1", encode(item))])
+        publisher.close()
+        send(0, 300)
+        wait_for(lambda: all_there(300))
+        wait_for(lambda: features.read_items(["item 1"])[0].n_events == 1)
+        store.flushall()  # while the worker runs, and events keep coming
+        send(300, 330)
+        wait_for(lambda: all_there(330))
+        wait_for(lambda: features.read_items(["item 1"])[0].n_events == 1)
+        assert features.read_items(["item 1"])[0].title == "One"
+        assert worker.metrics.rebuilt._value.get() >= 9
+    assert [comparable(row) for row in features.read_users(users)] == from_log(settings, users)
+
+    store.flushall()  # and while none runs
+    with working(settings, features):
+        wait_for(lambda: all_there(330))
+        send(330, 340)
+        wait_for(lambda: all_there(340))
+    assert [comparable(row) for row in features.read_users(users)] == from_log(settings, users)
