@@ -4,12 +4,14 @@ Layout, on any filesystem that pyarrow reaches (a path, file://, s3://, gs://):
 
     <uri>/<kind>/000042/{weights.safetensors, config.json, catalog.parquet, manifest.json}
     <uri>/<kind>/serving.json       which version serves, and which did before
+    <uri>/<kind>/held.json          the same, chosen by hand: as long as it is there, it counts
 
 A version's files are written first and its manifest last; a version without a manifest does not
-exist. `serving.json` and manifests are written beside and then moved, so that a reader meets the
+exist. Both pointers and manifests are written beside and then moved, so that a reader meets the
 old one or the new one, whole. A crash at any point leaves at most files that nobody reads.
 
-One process publishes a kind at a time. Promotions may come from anywhere: the last one wins.
+One process publishes a kind at a time. Promotions may come from anywhere: the last one wins. Jobs
+write one pointer and operators the other, so that a job which promotes just now can't undo a hold.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ Kind = Literal["teacher", "student"]
 
 MANIFEST: Final = "manifest.json"
 POINTER: Final = "serving.json"
+HELD: Final = "held.json"
 ROLLBACK_DEPTH: Final = 8  # versions that the pointer remembers and that prune therefore keeps
 _CHUNK_BYTES: Final = 2**20
 
@@ -166,25 +169,30 @@ class Registry:
         """Make an existing version the one that serves; `hold` it against the learning jobs."""
         self.manifest(kind, version)
         entry = Promotion(version=version, promoted_ms=_now_ms(), reason=reason)
-        history, _ = self._pointer(kind)
-        self._point(kind, (*history, entry), held=hold)
+        history = (hold and self._history(kind, HELD)) or self._history(kind, POINTER)
+        self._point(kind, HELD if hold else POINTER, (*history, entry))
 
     def held(self, kind: Kind) -> int | None:
         """The version that was chosen by hand and stays until `release`; None: jobs may promote."""
-        history, held = self._pointer(kind)
-        return history[-1].version if held else None
+        held = self._history(kind, HELD)
+        return held[-1].version if held else None
 
     def release(self, kind: Kind) -> None:
-        """Let the learning jobs promote again."""
-        self._point(kind, self.serving(kind).history, held=False)
+        """Let the learning jobs promote again; until one does, what was held serves."""
+        if held := self._history(kind, HELD):
+            self._point(kind, POINTER, held)
+            self._fs.delete_file(f"{self._root}/{kind}/{HELD}")
 
     def serving(self, kind: Kind) -> Serving:
         """What serves now; `NothingServingError` before the first promotion."""
-        history, held = self._pointer(kind)
+        held = self._history(kind, HELD)
+        history = held or self._history(kind, POINTER)
         if not history:
             raise NothingServingError(f"no {kind} has been promoted in {self.uri} yet")
         now = history[-1]
-        return Serving(version=now.version, promoted_ms=now.promoted_ms, history=history, held=held)
+        return Serving(
+            version=now.version, promoted_ms=now.promoted_ms, history=history, held=bool(held)
+        )
 
     def roll_back(self, kind: Kind) -> int:
         """Hold the version that served before and return it; call again to go further back."""
@@ -198,7 +206,7 @@ class Registry:
         entry = Promotion(
             version=version, promoted_ms=_now_ms(), reason=f"rolled back from {undone}"
         )
-        self._point(kind, (*earlier[:-1], entry), held=True)
+        self._point(kind, HELD, (*earlier[:-1], entry))
         return version
 
     def prune(self, kind: Kind, keep: int) -> list[int]:
@@ -209,7 +217,8 @@ class Registry:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         directories, existing = self._directories(kind), self.versions(kind)
-        kept = {*existing[-keep:], *(entry.version for entry in self._pointer(kind)[0])}
+        remembered = (*self._history(kind, POINTER), *self._history(kind, HELD))
+        kept = {*existing[-keep:], *(entry.version for entry in remembered)}
         # A directory above the newest version may be a publication under way.
         doomed = [v for v in sorted(directories) if v not in kept and v < max(existing, default=0)]
         for version in doomed:
@@ -233,23 +242,22 @@ class Registry:
     def _version_path(self, kind: Kind, version: int) -> str:
         return f"{self._root}/{_checked(kind)}/{version:06d}"
 
-    def _pointer(self, kind: Kind) -> tuple[tuple[Promotion, ...], bool]:
-        """Every promotion that the pointer remembers, and whether the last one is held."""
-        path = f"{self._root}/{_checked(kind)}/{POINTER}"
+    def _history(self, kind: Kind, pointer: str) -> tuple[Promotion, ...]:
+        """Every promotion that this pointer remembers; none where it isn't there."""
+        path = f"{self._root}/{_checked(kind)}/{pointer}"
         try:
             content = json.loads(self._read(path))
-            return tuple(Promotion(**entry) for entry in content["history"]), content["held"]
+            return tuple(Promotion(**entry) for entry in content["history"])
         except FileNotFoundError:
-            return (), False
+            return ()
         except (ValueError, KeyError, TypeError) as error:
             raise RegistryError(
                 f"{path} is unreadable ({error!r}); delete it and promote a version"
             ) from None
 
-    def _point(self, kind: Kind, history: tuple[Promotion, ...], *, held: bool) -> None:
+    def _point(self, kind: Kind, pointer: str, history: tuple[Promotion, ...]) -> None:
         entries = [asdict(entry) for entry in history[-ROLLBACK_DEPTH:]]
-        content = {"history": entries, "held": held}
-        self._write_json(f"{self._root}/{_checked(kind)}/{POINTER}", content)
+        self._write_json(f"{self._root}/{_checked(kind)}/{pointer}", {"history": entries})
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(path) as stream:
