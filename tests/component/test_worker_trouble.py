@@ -92,7 +92,7 @@ def test_a_forgotten_user_is_nowhere_on_disk(
         assert gateway.delete("/v1/users/trouble-forgotten").status_code == 202
         wait_for(lambda: features.read_users(users[1:])[0].n_events == 0)
         wait_for(lambda: has_caught_up(keyed))
-        wait_for(lambda: not found_on_disk(tmp_path, "trouble-forgotten"))
+        wait_for(lambda: not found_on_disk(tmp_path, "trouble-forgotten"), timeout_s=120)
         log = EventLog(keyed.offline).read()
         assert set(log["user_id"].to_pylist()) == {"trouble-stays"} and len(log) == 30
         assert features.read_users(users)[0].n_events == 30
