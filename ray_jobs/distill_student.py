@@ -136,6 +136,8 @@ def train_loop(given: dict[str, Any]) -> None:
         peers=peers,
         keep=lambda: report(state, peers),
     )
+    if settings.student_metrics_port and peers.rank == 0:
+        distiller.telemetry.serve(host=settings.host, port=settings.student_metrics_port)
     stop = StopFile(settings)
     distiller.begin()
     try:

@@ -20,6 +20,7 @@ from ray_jobs.ranking import predict, predict_popular
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received, answer_lists
 from ray_jobs.teachers import Asked, Teaching
+from ray_jobs.telemetry import Telemetry
 from ray_jobs.warm_up import warm_up
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
@@ -76,6 +77,7 @@ class Distiller:
         scored: Callable[[MicroBatch, Mapping[str, Ranks]], None] = lambda batch, ranks: None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.telemetry = Telemetry()
         self.state = state
         self._source = source
         self._teachers = teachers
@@ -94,7 +96,12 @@ class Distiller:
         self._probe = MicroBatch.of([], context=config.context_events)
         self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "epoch"), self._clock_s)
         self.publisher = Publisher(
-            settings.registry, state, config=config, keep=settings.keep_versions, peers=peers
+            settings.registry,
+            state,
+            config=config,
+            keep=settings.keep_versions,
+            peers=peers,
+            telemetry=self.telemetry,
         )
 
     def begin(self) -> None:
@@ -117,6 +124,7 @@ class Distiller:
         self._learn()
         self._pending = pending
         self._predict(pending, known_rows=known_rows)
+        self.telemetry.lag.set(self._source.lag_events())
         self.state.catalog.observe(heard)
         self._look_after_teachers()
         if not self._taught:
@@ -135,6 +143,7 @@ class Distiller:
         """Everything up to here, learned and kept."""
         self._learn()
         self._keep()
+        self.telemetry.checkpoints.inc()
         self._unclean = max(0, self._unclean - 1)
         self._kept = dict(self.state.positions)
 
@@ -241,18 +250,20 @@ class Distiller:
                 self._account(pending, None if labels is None else labels.ranks, stale)
             weights_N = torch.full((len(pending.batch),), config.replay_weight)
             weights_N[: pending.n_new] = 1.0
-            learn(
-                state.student,
-                state.optimizer,
-                pending.batch,
-                labels,
-                config=config,
-                weights_N=weights_N,
-                trust=self._trust(),
-                peers=self._peers,
-            )
+            with self.telemetry.step.time():
+                learn(
+                    state.student,
+                    state.optimizer,
+                    pending.batch,
+                    labels,
+                    config=config,
+                    weights_N=weights_N,
+                    trust=self._trust(),
+                    peers=self._peers,
+                )
             state.counters.steps += 1
             state.counters.events_learned += pending.n_new
+            self.telemetry.learned.inc(pending.n_new)
             self.publisher.learned(pending.arrivals_ms)
         state.learned(pending.positions)
 
@@ -288,6 +299,7 @@ class Distiller:
         if counters.teacher != self._teachers.version:
             counters.teacher, counters.first_teacher = self._teachers.version, self._teachers.first
             counters.teacher_ndcg = counters.student_ndcg = 0.0
+            self.telemetry.teacher.set(counters.teacher or 0)
 
     def _meet_first_teacher(self) -> None:
         """What was learned while there was no teacher is learned again, with its labels."""

@@ -23,6 +23,7 @@ from ray_jobs.microbatch import MicroBatch
 from ray_jobs.peers import Peers
 from ray_jobs.ranking import top_lists
 from ray_jobs.recipes import DistillConfig
+from ray_jobs.telemetry import Telemetry
 from services.core.eventlog import epoch_of
 from services.core.metrics import Prequential, Ranks, gains_at
 from services.core.registry import Registry
@@ -42,13 +43,21 @@ class Publisher:
     """
 
     def __init__(
-        self, registry_uri: str, state: State, *, config: DistillConfig, keep: int, peers: Peers
+        self,
+        registry_uri: str,
+        state: State,
+        *,
+        config: DistillConfig,
+        keep: int,
+        peers: Peers,
+        telemetry: Telemetry,
     ) -> None:
         self._registry = Registry(registry_uri)
         self._state = state
         self._config = config
         self._keep = keep
         self._peers = peers
+        self._telemetry = telemetry
         self._gains: list[tuple[Gains, Gains]] = []  # of the student, of what serves
         self._arrivals_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._positions: dict[int, int] = {}  # as of the newest version
@@ -136,6 +145,7 @@ class Publisher:
         self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]
     ) -> None:
         state, counters = self._state, self._state.counters
+        metrics = {**Prequential.total(qualities).metrics(), **self._live()}
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
             state.student.save(directory)
@@ -144,7 +154,7 @@ class Publisher:
                 "student",
                 directory,
                 {
-                    "metrics": {**Prequential.total(qualities).metrics(), **self._live()},
+                    "metrics": metrics,
                     "teacher_version": counters.teacher,
                     "offsets": {str(partition): at for partition, at in positions.items()},
                     "epoch": max(map(epoch_of, positions.values()), default=0),
@@ -162,6 +172,7 @@ class Publisher:
             counters.serving = counters.published
         else:
             logger.warning("student %d is kept: %s", counters.published, verdict.reason)
+        self._telemetry.judged(verdict, version=counters.published, metrics=metrics)
         self._registry.prune("student", self._keep)
 
     def _back_to_serving(self) -> None:

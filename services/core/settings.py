@@ -107,6 +107,9 @@ class Settings(BaseSettings):
     checkpoint_every_s: float = Field(
         30.0, gt=0, description="between two distillation checkpoints"
     )
+    student_metrics_port: int = Field(
+        0, ge=0, le=65535, description="where the distillation job serves /metrics; 0: nowhere"
+    )
     keep_versions: int = Field(50, ge=3, description="artifacts kept beside those in use")
 
     # Answers.
@@ -120,6 +123,7 @@ class Settings(BaseSettings):
     proxy: Literal["haproxy", "python"] = Field("haproxy", description="Ray Serve's HTTP proxy")
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field("text", description="json: one object a line")
 
     @model_validator(mode="after")
     def _closed(self) -> Self:

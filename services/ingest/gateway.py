@@ -7,6 +7,7 @@ field, the value and the fix (422), and don't keep the valid ones beside them fr
 """
 
 import asyncio
+import logging
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from prometheus_client import (
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
+from services.core import logs
 from services.core.access import Role
 from services.core.errors import (
     AccessError,
@@ -39,10 +41,13 @@ from services.core.errors import (
     UnavailableError,
 )
 from services.core.events import EVENTS, ITEMS, Event, Item, decode_user_id
+from services.core.history import event_key
 from services.core.kafka import Publisher, topic_id
 from services.core.settings import Settings
 from services.ingest.batch import NDJSON, Answer, Batch, parse_events, parse_items, rejection, split
 from services.ingest.held import Held, TooLargeError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = 2
 READY_TIMEOUT_S: Final = 2.0
@@ -131,6 +136,10 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.ack.observe(time.perf_counter() - started)
         counter.inc(len(batch.valid))
         metrics.rejected.labels("invalid").inc(len(batch.rejected))
+        if logger.isEnabledFor(logging.DEBUG) and topic == EVENTS:
+            for _, value in batch.valid:
+                key = event_key(orjson.loads(value)["event_id"])
+                logger.debug("acknowledged", extra={"event_key": key})
         answer = Answer(accepted=len(batch.valid), rejected=batch.rejected)
         return JSONResponse(answer.model_dump(), status_code=422 if batch.rejected else 202)
 
@@ -301,13 +310,14 @@ def _now_ms() -> int:
 
 def main() -> None:
     settings = Settings.load()
+    logs.configure(settings)
     # Uvicorn stops in order and then raises the signal again: that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(settings),
         host=settings.host,
         port=settings.gateway_port,
-        log_level=settings.log_level,
+        log_config=None,  # ours
         access_log=False,
     )
 

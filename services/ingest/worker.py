@@ -25,6 +25,7 @@ from kafka.errors import IllegalStateError, KafkaError
 from kafka.structs import OffsetAndMetadata
 from prometheus_client import start_http_server
 
+from services.core import logs
 from services.core.errors import RefluxError, UnavailableError
 from services.core.eventlog import (
     EventLog,
@@ -36,9 +37,11 @@ from services.core.eventlog import (
 from services.core.events import (
     EVENTS,
     ITEMS,
+    Event,
     dead_topic,
 )
 from services.core.features import FeatureStore
+from services.core.history import event_key
 from services.core.kafka import GROUP, Publisher, ensure_topics, make_consumer, resume_offsets
 from services.core.settings import Settings
 from services.core.spans import Span, SpanFiles
@@ -179,6 +182,17 @@ class Worker(ConsumerRebalanceListener):
             reading.forgotten += found.forgotten
             reading.next = reading.base + records[-1].offset + 1
         self.metrics.poison.inc(len(poison))
+        if logger.isEnabledFor(logging.DEBUG):
+            for arrived in chain.from_iterable(found.valid for _, _, found in applied):
+                if isinstance(arrived.record, Event):
+                    logger.debug(
+                        "applied",
+                        extra={
+                            "event_key": event_key(arrived.record.event_id),
+                            "partition": arrived.partition,
+                            "offset": arrived.offset,
+                        },
+                    )
 
     def _flush_is_due(self) -> bool:
         pending = [reading for reading in self._reading.values() if reading.next > reading.first]
@@ -336,12 +350,7 @@ def _now_ms() -> int:
 
 def main() -> int:
     settings = Settings.load()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("kafka").setLevel(logging.WARNING)
-    # On a busy machine it warns of every loop that took .1 s.
-    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
+    logs.configure(settings)
     features = FeatureStore(settings)
     features.apply()
     worker = Worker(settings, features)

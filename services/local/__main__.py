@@ -6,6 +6,7 @@ import sys
 import threading
 from types import FrameType
 
+from services.core import logs
 from services.core.errors import RefluxError
 from services.core.settings import Settings
 from services.local.jobs import Jobs
@@ -18,10 +19,7 @@ LOOK_EVERY_S = 0.5
 
 def main() -> int:
     settings = Settings.load()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells every connection
+    logs.configure(settings)
     stopping = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:

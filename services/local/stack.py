@@ -102,6 +102,7 @@ class Stack:
         if not settings.ray_address:
             self._embedded_ray = True
             port = usual_port("ray", settings.ray_dashboard_port)
+            addresses["student_metrics_port"] = processes.free_port(settings.student_metrics_port)
             addresses["ray_address"] = f"http://{processes.LOOPBACK}:{port}"
             env = proxy_environment(settings, scratch=processes.ray_scratch(port))
             self._spawn(processes.ray_head(dashboard_port=port, cpus=settings.ray_cpus, env=env))
@@ -164,6 +165,7 @@ class Stack:
                 **{name: getattr(self.settings, name) for name in ADDRESSES},
                 "gateway_port": self.settings.gateway_port,
                 "recommend_port": self.settings.recommend_port,
+                "student_metrics_port": self.settings.student_metrics_port,
             },
             "supervisor": identify(os.getpid()),
             "processes": {name: identify(child.pid) for name, child in children.items()},

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve._private import replica as serve_replica
 
+from services.core import logs
 from services.core.settings import Settings
 from services.recommend.app import create_app
 
@@ -21,6 +22,7 @@ class Recommendations:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        logs.configure(settings)
         if ray.util.get_node_ip_address() == LOOPBACK:
             _keep_to_loopback()
 

@@ -99,6 +99,17 @@ class Recommender:
                     now_ms=now_ms,
                 )
             )
+        if log.isEnabledFor(logging.DEBUG):
+            newest = history.event_keys[-1] if history and history.event_keys else None
+            log.debug(
+                "answered",
+                extra={
+                    "request_id": request_id,
+                    "event_key": newest,  # the last event that this answer knew
+                    "model_version": model.version,
+                    "degraded": reason is not None,
+                },
+            )
         self.telemetry.stage_seconds.labels("features").observe(read_s - began_s)
         self.telemetry.stage_seconds.labels("rank").observe(ranked_s - read_s)
         return {

@@ -11,6 +11,7 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from ray_jobs.telemetry import Telemetry as Learning
 from services.ingest import gateway
 from services.ingest import metrics as worker
 from services.recommend.telemetry import Telemetry
@@ -27,6 +28,7 @@ def exported() -> dict[str, set[str]]:
         *vars(gateway.Metrics()).values(),
         *vars(worker.Metrics()).values(),
         *vars(Telemetry()).values(),
+        *vars(Learning()).values(),
     ]
     return {
         metric._name + suffix: set(metric._labelnames)
@@ -60,7 +62,7 @@ def test_alerts(exported: dict[str, set[str]]) -> None:
     groups = yaml.safe_load((DEPLOY / "dashboards/alerts.yaml").read_text())["groups"]
     for rule in groups[0]["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "annotations"}
-        assert rule["annotations"]["summary"]
+        assert rule["annotations"]["summary"] and rule["annotations"]["action"]
         assert _check(rule["expr"], exported)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from prometheus_client import generate_latest
 from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import checkpoint, replay
@@ -330,3 +331,8 @@ def test_a_user_who_wished_it_is_in_no_checkpoint_that_is_kept(tmp_path: Path) -
     assert len(kept) == n_before + checkpoint.CHECKPOINTS_KEPT  # and no more, with nothing to keep
     assert not any("u0-3" in users for users in kept[n_before:])
     assert len(kept[-1]) == 11
+    told = generate_latest(run.telemetry.registry).decode()
+    assert "reflux_student_events_total 60.0" in told
+    assert f"reflux_student_checkpoints_total {len(kept)}.0" in told
+    assert 'reflux_gate_decisions_total{promoted="true"}' in told
+    assert 'reflux_prequential_ndcg{model="popularity",span="stream"}' in told
