@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from services.core.errors import RefluxError
+from services.local.bench import app as bench_app
 
 if TYPE_CHECKING:
     from services.core.settings import Settings
@@ -28,6 +29,7 @@ models_app = typer.Typer(help="Published versions.", no_args_is_help=True)
 app.add_typer(events_app, name="events")
 events_app.add_typer(dead_app, name="dead")
 app.add_typer(features_app, name="features")
+app.add_typer(bench_app, name="bench")
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(student_app, name="student")
 app.add_typer(models_app, name="models")
