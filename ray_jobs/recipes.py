@@ -151,7 +151,7 @@ def two_cores() -> Recipe:
             refresh_train_s=600,
             refresh_learning_rate=1e-3,
         ),
-        distill=dataclasses.replace(tiny.distill, warm_up_s=300),
+        distill=dataclasses.replace(tiny.distill, warm_up_s=600, warm_up_label_every=1),
     )
 
 
