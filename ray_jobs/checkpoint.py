@@ -1,6 +1,6 @@
 """Everything that the distillation job must not lose, as ONE directory: it is whole or not there.
 
-    student/ frozen/ serving/   weights and config (safetensors, JSON)
+    student/ frozen/ proved/    weights and config (safetensors, JSON)
     optimizer.safetensors       moments by parameter name
     catalog.parquet
     shared.json                 counters, teacher and student versions
@@ -45,6 +45,7 @@ class Counters:
     first_teacher: int | None = None
     published: int | None = None  # the newest student version
     serving: int | None = None  # the newest promoted one
+    proved: int | None = None  # the newest of those that were long no worse; candidates' yardstick
     items_until: dict[str, int] = field(default_factory=dict)  # positions in the items log
     teacher_ndcg: float = 0.0  # running means, for trust
     student_ndcg: float = 0.0
@@ -52,7 +53,7 @@ class Counters:
 
 @dataclass(kw_only=True)
 class State:
-    """What the job knows. `frozen` and `serving` are None until a first version is published."""
+    """What the job knows. `frozen` and `proved` are None until a first version is published."""
 
     student: Student
     optimizer: torch.optim.Optimizer
@@ -64,7 +65,7 @@ class State:
     counters: Counters
     rng: np.random.Generator
     frozen: Student | None = None
-    serving: Student | None = None
+    proved: Student | None = None
 
     def learned(self, positions: Mapping[int, int]) -> None:
         """Enter into the ledger that everything before `positions` has been learned."""
@@ -95,7 +96,7 @@ def save(state: State, directory: Path, *, rank: int) -> None:
     )
     save_file({"torch_rng": torch.get_rng_state()}, own / "rng.safetensors")
     if rank == 0:
-        for name in ("student", "frozen", "serving"):
+        for name in ("student", "frozen", "proved"):
             model = getattr(state, name)
             if model is not None:
                 model.save(directory / name)
@@ -131,7 +132,7 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
         counters=counters,
         rng=np.random.default_rng([rank, counters.steps]),
         frozen=_load_if_there(directory / "frozen"),
-        serving=_load_if_there(directory / "serving"),
+        proved=_load_if_there(directory / "proved"),
     )
     if mine is not None and len(owns) == world:
         # Last of all, for making a model draws from torch's generator.

@@ -170,7 +170,7 @@ class Distiller:
         heard = [state.catalog.add(item_ids) for item_ids in told]
         if len(state.catalog) > known_rows or described is not None:
             state.student.grow(state.catalog.content, optimizer=state.optimizer)
-            for model in (state.frozen, state.serving):
+            for model in (state.frozen, state.proved):
                 if model is not None:
                     model.grow(state.catalog.content)
             self._teachers.align(state.catalog)
@@ -228,7 +228,7 @@ class Distiller:
             return
         state, batch = self.state, self._probe
         trending = state.catalog.popularity
-        models = {"student": state.student, "frozen_student": state.frozen, "": state.serving}
+        models = {"student": state.student, "frozen_student": state.frozen, "": state.proved}
         ranks = {
             name: predict(model, batch, popularity=trending, known_rows=known_rows)
             for name, model in models.items()

@@ -41,11 +41,17 @@ def start_from(student: Student, items: Items) -> None:
     NDCG@10 .133 frozen and .138 learning on, against .119 and .122 from random embeddings.
     """
     table_VT = torch.from_numpy(items.table_VT)[1:]
-    u_VK, spread_K, _ = torch.linalg.svd(table_VT - table_VT.mean(0), full_matrices=False)
+    center = table_VT.mean(0) if student.config.ordered else 0.0
+    u_VK, spread_K, _ = torch.linalg.svd(table_VT - center, full_matrices=False)
     dim = min(student.config.dim, u_VK.shape[1])
     table_VD = u_VK[:, :dim] * spread_K[:dim]
+    # A set is no more than its items: with these the student's logits are the teacher's, its
+    # hidden state having a norm of sqrt(D) where the teacher's has sqrt(T).
+    scale = (table_VT.shape[1] / student.config.dim) ** 0.5
+    if student.config.ordered:
+        scale = float(student.config.dim**-0.5 / table_VD.std().clamp_min(1e-9))
     embedding = student.encoder.item_id.weight
-    embedding[1:, :dim] = table_VD * (student.config.dim**-0.5 / table_VD.std().clamp_min(1e-9))
+    embedding[1:, :dim] = table_VD * scale
     student.encoder.content.weight.mul_(CONTENT_SHARE)  # the table has it already
     student.bias_V.copy_(torch.from_numpy(items.bias_V))
 

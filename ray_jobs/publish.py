@@ -1,7 +1,10 @@
 """From the learning student to versions in the registry, through the gate.
 
-Every new event is scored twice before it is learned: by the student and by the version that
-serves. The gains since that version was promoted are what the gate compares.
+Every new event is scored twice before it is learned: by the student and by the newest version that
+is proved, which is what the gate compares. A candidate that passes answers at once, so that news
+does within seconds; it is proved, and the next yardstick, once it has passed over `proof_events`.
+Where a loss shows only after such promotions, the student goes back to the proved version, and the
+next version puts right what serves. Going back halves the learning rate, a proof doubles it again.
 """
 
 import copy
@@ -58,7 +61,7 @@ class Publisher:
         self._keep = keep
         self._peers = peers
         self._telemetry = telemetry
-        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of what serves
+        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of the proved version
         self._arrivals_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._positions: dict[int, int] = {}  # as of the newest version
         self._teacher: int | None = None  # the same
@@ -70,10 +73,10 @@ class Publisher:
             self._state.counters.teacher,
         )
 
-    def scored(self, student: Ranks, serving: Ranks | None) -> None:
+    def scored(self, student: Ranks, proved: Ranks | None) -> None:
         """Take in one micro-batch's ranks, before it is learned."""
-        if serving is not None:
-            self._gains.append((gains_at(student, K), gains_at(serving, K)))
+        if proved is not None:
+            self._gains.append((gains_at(student, K), gains_at(proved, K)))
 
     def learned(self, arrivals_ms: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
         self._arrivals_ms.append(arrivals_ms)
@@ -88,18 +91,14 @@ class Publisher:
         counters.rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
         if verdict.promoted:
             verdict = self._peers.gather(self._unless_held(verdict))[0]
-        pull_back = (
-            state.serving is not None
-            and counters.rejected_in_a_row >= self._config.failures_until_reset
-        )
+        pull_back = state.proved is not None and self._must_go_back()
         if pull_back:
-            rate = max(counters.learning_rate / 2, MIN_LEARNING_RATE)
-            verdict = Verdict(
-                promoted=False,
-                reason=f"{verdict.reason}; rejected {counters.rejected_in_a_row} times in a row: "
-                f"back to version {counters.serving}, learning rate {rate:g}",
+            counters.learning_rate = max(counters.learning_rate / 2, MIN_LEARNING_RATE)
+            reason = (
+                f"{verdict.reason}; rejected {counters.rejected_in_a_row} times in a row: back to "
+                f"version {counters.proved}, learning rate {counters.learning_rate:g}"
             )
-            counters.learning_rate = rate
+            verdict = Verdict(promoted=False, reason=reason)
         qualities = self._peers.gather(state.quality)
         positions = _merged(self._peers.gather(state.positions))
         if self._peers.rank == 0:
@@ -108,28 +107,51 @@ class Publisher:
             (counters.published, counters.serving)
         )[0]
         if verdict.promoted:
-            state.serving = copy.deepcopy(state.student)
             state.frozen = state.frozen or copy.deepcopy(state.student)
-            self._gains.clear()
+            n_events = self._peers.gather(sum(len(student) for student, _ in self._gains))[0]
+            if state.proved is None or n_events >= self._config.bar.proof_events:
+                self._prove()
         if pull_back:
-            self._back_to_serving()
+            self._back_to_proved()
         self._arrivals_ms.clear()
         state.quality.start_window()
         self._positions = dict(state.positions)
         self._teacher = counters.teacher
         return verdict
 
+    def _must_go_back(self) -> bool:
+        """After too many rejections; after one, if what serves is later than the proved version: it
+        was promoted on less than what speaks against the candidate now."""
+        counters = self._state.counters
+        if counters.rejected_in_a_row and counters.serving != counters.proved:
+            return True
+        return counters.rejected_in_a_row >= self._config.failures_until_reset
+
+    def _prove(self) -> None:
+        """The student as just promoted is the yardstick from now on."""
+        state = self._state
+        state.proved = copy.deepcopy(state.student)
+        state.counters.proved = state.counters.published
+        self._learn_at(min(2 * state.counters.learning_rate, self._config.learning_rate))
+        self._gains.clear()
+
+    def _learn_at(self, learning_rate: float) -> None:
+        self._state.counters.learning_rate = learning_rate
+        for group in self._state.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     def _judge(self, probe: MicroBatch) -> Verdict:
-        student, serving = (
+        student, proved = (
             np.concatenate([np.zeros(0), *gains])[-RECENT_EVENTS:]
             for gains in (zip(*self._gains, strict=True) if self._gains else ((), ()))
         )
+        self._gains = [(student, proved)]  # what is further back is never asked for again
         finite = all(bool(torch.isfinite(p).all()) for p in self._state.student.parameters())
         evidence = Evidence(
             finite=finite,
             lists=top_lists(self._state.student, probe),
             gains=student,
-            serving_gains=serving,
+            proved_gains=proved,
         )
         return gate.judge(evidence, bar=self._config.bar)
 
@@ -175,14 +197,13 @@ class Publisher:
         self._telemetry.judged(verdict, version=counters.published, metrics=metrics)
         self._registry.prune("student", self._keep)
 
-    def _back_to_serving(self) -> None:
-        """Learn on from what serves, more slowly; moments of the failed way are forgotten."""
+    def _back_to_proved(self) -> None:
+        """Learn on from the proved version; moments of the failed way are forgotten."""
         state = self._state
-        assert state.serving is not None
-        state.student = copy.deepcopy(state.serving)
+        assert state.proved is not None
+        state.student = copy.deepcopy(state.proved)
         state.optimizer = adam(state.student, self._config)
-        for group in state.optimizer.param_groups:
-            group["lr"] = state.counters.learning_rate
+        self._learn_at(state.counters.learning_rate)
         state.counters.rejected_in_a_row = 0
         self._gains.clear()
 

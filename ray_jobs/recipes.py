@@ -172,18 +172,19 @@ def smoke_cpu() -> Recipe:
 
 
 def blocks_cpu() -> Recipe:
-    """Interactions without an order (`--protocol blocks`): histories are read as sets."""
+    """Interactions without an order (`--protocol blocks`): histories are read as sets. Most of it
+    is where the items begin (`spectral`); more gradient steps than these overfit."""
     tiny = tiny_cpu()
     teacher = EncoderConfig(
-        dim=128, n_layers=0, n_heads=1, max_len=512, ordered=False, dropout=0.3, content_buckets=256
+        dim=1280, n_layers=0, n_heads=1, max_len=512, ordered=False, dropout=0.1, content_buckets=16
     )
     student = StudentConfig(
-        dim=12,
+        dim=110,
         n_layers=0,
         n_heads=1,
         max_len=512,
         ordered=False,
-        content_buckets=256,
+        content_buckets=16,
         teacher_dim=teacher.dim,
     )
     return Recipe(
@@ -193,17 +194,28 @@ def blocks_cpu() -> Recipe:
         train=dataclasses.replace(
             tiny.train,
             num_workers=1,
-            max_epochs=4,
+            max_epochs=0.02,
             max_train_s=600,
-            refresh_epochs=2,
+            refresh_epochs=0.02,
             refresh_train_s=300,
             batch_lines=4,
-            learning_rate=3e-3,
-            refresh_learning_rate=1e-3,
+            learning_rate=1e-4,
+            refresh_learning_rate=1e-4,
             weight_decay=0.0,
             spectral_start=True,
         ),
-        distill=dataclasses.replace(tiny.distill, context_events=512, warm_up_users=64),
+        distill=dataclasses.replace(
+            tiny.distill,
+            context_events=512,
+            learning_rate=1e-4,
+            hidden_weight=0.0,
+            soft_tower=False,
+            temperature=1.0,
+            replay_users=0,
+            warm_up_users=64,
+            warm_up_epochs=0.5,
+            warm_up_learning_rate=5e-4,
+        ),
     )
 
 

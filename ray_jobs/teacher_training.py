@@ -63,7 +63,7 @@ def train(
         copy.deepcopy(parent) if parent else Teacher(recipe.teacher, n_rows=len(history.catalog))
     )
     model.grow(history.catalog.content)
-    if parent is None and recipe.train.spectral_start:
+    if recipe.train.spectral_start:  # cheap enough to be done anew at each refresh
         start_items(model, [shard.sequences for shard in history.shards])
     print(f"{model.n_parameters:,} parameters, {history.n_events:,} interactions", flush=True)
     name = f"teacher-{time.time_ns()}"

@@ -23,6 +23,7 @@ PROTOCOLS: Final = {  # by name, the module that knows it
     "successive": "successive",
     "leave-one-out": "leave_one_out",
     "blocks": "blocks",
+    "gate": "gate_trials",
 }
 
 

@@ -1,8 +1,8 @@
 """Who is ranked by the `blocks` protocol: each learns one block after the other, and is asked for
 scores after each.
 
-None answers with what a user has had in training; who has had nothing gets what is popular. The
-teacher and the students are the jobs' own code: `teacher_training.train`, `warm_up`, `Distiller`.
+Who has had nothing gets what is popular. The teacher and the students are the jobs' own code:
+`teacher_training.train`, `warm_up`, `Distiller`.
 
 Shapes: N events of all training splits, M users asked for, U users, D width, V rows known by then.
 """
@@ -36,8 +36,7 @@ USERS_READ_AT_ONCE: Final = 128
 # the best on its validation of all these.
 FACTORISATIONS: Final[tuple[dict[str, Any], ...]] = (
     {"factors": 128, "regularization": 150.0, "alpha": 40.0},
-    {"factors": 128, "regularization": 300.0, "alpha": 80.0},
-    {"factors": 64, "regularization": 80.0, "alpha": 40.0},
+    {"factors": 128, "regularization": 250.0, "alpha": 40.0},
 )
 
 
@@ -64,11 +63,8 @@ class Had:
         self.popularity = torch.from_numpy(np.asarray(table.sum(0))[0])
 
     def finished(self, scores_MV: Tensor, users: Ints) -> Tensor:
-        """Popularity for who has had nothing; nothing that was had."""
-        had_MV = self.table_UV[users].tocoo()
-        cold_M = np.bincount(had_MV.row, minlength=len(users)) == 0
-        scores_MV[torch.from_numpy(cold_M)] = self.popularity
-        scores_MV[had_MV.row, had_MV.col] = -torch.inf
+        """With popularity for who has had nothing."""
+        scores_MV[torch.from_numpy(np.diff(self.table_UV[users].indptr) == 0)] = self.popularity
         return scores_MV
 
 
@@ -78,7 +74,7 @@ def popularity(blocks: Blocks) -> Iterator[Ranked]:
         had = Had(blocks, block)
 
         def scores(users: Ints, had: Had = had) -> Tensor:
-            return had.finished(had.popularity.repeat(len(users), 1), users)
+            return had.popularity.repeat(len(users), 1)
 
         yield Ranked(scores=scores, cost=Cost(peak_mb=peak_mb()), notes={})
 
@@ -101,15 +97,13 @@ def factorisation(
 
 def _factorised(blocks: Blocks, block: int, since: int, settings: Mapping[str, Any]) -> Ranked:
     model = AlternatingLeastSquares(**settings, num_threads=1, random_state=0)
-    fitted, had = Had(blocks, block, since=since), Had(blocks, block)
+    fitted = Had(blocks, block, since=since)
     with threadpool_limits(1):  # one core a row, as everywhere
         model.fit(fitted.table_UV, show_progress=False)
     user_UF, item_VF = map(torch.from_numpy, (model.user_factors, model.item_factors))
 
     def scores(users: Ints) -> Tensor:
-        scores_MV = user_UF[torch.from_numpy(users)] @ item_VF.T
-        scores_MV[torch.from_numpy(np.diff(fitted.table_UV[users].indptr) == 0)] = had.popularity
-        return had.finished(scores_MV, users)
+        return fitted.finished(user_UF[torch.from_numpy(users)] @ item_VF.T, users)
 
     size = user_UF.numel() + item_VF.numel()
     notes = {**settings, "blocks": f"{since}..{block}"}
@@ -132,7 +126,8 @@ def teacher(blocks: Blocks, folder: Path) -> Iterator[Ranked]:
 
 
 def student(blocks: Blocks, recipe: Recipe, *, folder: Path | None, seed: int) -> Iterator[Ranked]:
-    """The job's student: warmed up on the first block, the others met as a stream.
+    """The job's student: warmed up on the first block; each other one is met as a stream, then
+    comes a warm-up on all so far, as when a job takes up a new teacher.
 
     The teacher of a block labels that block. No folder of them: hard labels only.
     """
@@ -146,6 +141,8 @@ def student(blocks: Blocks, recipe: Recipe, *, folder: Path | None, seed: int) -
             while learning.source.at < end:
                 learning.distiller.tick()
             learning.distiller.checkpoint()
+            if block:
+                learning.warm_up()
             spent_s = time.monotonic() - begin_s
             yield _ranked(learning.state.student, blocks, block, train_s=spent_s)
 

@@ -6,6 +6,8 @@ goes by events, and teachers label in this process. So a run is repeatable.
 Shapes: N events of the log, M of a micro-batch.
 """
 
+import copy
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -130,22 +132,69 @@ def load_teacher(directory: Path) -> tuple[Teacher, Catalog]:
     return Teacher.load(directory), catalog
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Learner:
-    """The job, warmed up and about to meet the stream."""
+    """The job at a place in the log; what it meets until `source.last` is the caller's to tick."""
 
-    state: State
-    source: ArraySource
-    distiller: Distiller
-    heard: "_Heard"
-    warm_s: float
+    def __init__(
+        self,
+        events: Events,
+        state: State,
+        *,
+        config: DistillConfig,
+        kept: Mapping[int, Path],
+        settings: Settings,
+        at: int,
+        last: int,
+    ) -> None:
+        self.state, self.warm_s = state, 0.0
+        self._events, self._config, self._kept, self._settings = events, config, kept, settings
+        self.source = ArraySource(events, at, last)
+        self.teachers = ArrayTeachers(kept, self.source, config)
+        self.teachers.align(state.catalog)
+        self.teachers.look()
+        self.heard = Heard(events, state, lists_every=LISTS_EVERY)
+        self.distiller = Distiller(
+            state,
+            self.source,
+            self.teachers,
+            settings=settings,
+            config=config,
+            peers=ALONE,
+            keep=lambda: None,
+            scored=self.heard,
+            now_s=lambda: (self.source.at - at) / EVENTS_PER_S,
+        )
+
+    def warm_up(self) -> None:
+        """On all that has been met, from where the student stands."""
+        begin_s = time.monotonic()
+        warm_up(self.state, self.teachers, self._config, ALONE)
+        self.warm_s += time.monotonic() - begin_s
+
+    @contextmanager
+    def twin(self, *, publish_every_s: float) -> Iterator["Learner"]:
+        """The same job at the same place, with a registry of its own, on to the log's end."""
+        self.distiller.checkpoint()
+        with tempfile.TemporaryDirectory() as home:
+            shutil.copytree(self._settings.home, home, dirs_exist_ok=True)
+            yield Learner(
+                self._events,
+                copy.deepcopy(self.state),
+                config=self._config,
+                kept=self._kept,
+                settings=self._settings.model_copy(
+                    update={"home": Path(home), "publish_every_s": publish_every_s}
+                ),
+                at=self.source.at,
+                last=len(self._events),
+            )
 
 
 @contextmanager
 def learner(
     events: Events, recipe: Recipe, *, kept: Mapping[int, Path], seed: int, first: int, last: int
 ) -> Iterator[Learner]:
-    """Warmed up on all before `first`; what is to be met until `last` is the caller's to tick.
+    """The job, warmed up on all before `first`.
 
     `kept`: teachers by place; none: hard labels only. The warm-up ends by its epochs, not by its
     seconds, so that every row takes the same steps.
@@ -156,30 +205,16 @@ def learner(
     recipe = replace(recipe, distill=config)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    begin_s = time.monotonic()
     state = state_of(events.received(0, first), events.items, recipe=recipe, seed=seed)
     state.positions = {0: first}
-    source = ArraySource(events, first, last)
-    teachers = ArrayTeachers(kept, source, config)
-    teachers.align(state.catalog)
-    teachers.look()
-    warm_up(state, teachers, config, ALONE)
-    warm_s = time.monotonic() - begin_s
-    heard = _Heard(events, state, lists_every=LISTS_EVERY)
     with tempfile.TemporaryDirectory() as home:
-        distiller = Distiller(
-            state,
-            source,
-            teachers,
-            settings=Settings(home=Path(home), keep_versions=3, seed=seed),
-            config=config,
-            peers=ALONE,
-            keep=lambda: None,
-            scored=heard,
-            now_s=lambda: (source.at - first) / EVENTS_PER_S,
+        settings = Settings(home=Path(home), keep_versions=3, seed=seed)
+        learning = Learner(
+            events, state, config=config, kept=kept, settings=settings, at=first, last=last
         )
-        distiller.begin()
-        yield Learner(state=state, source=source, distiller=distiller, heard=heard, warm_s=warm_s)
+        learning.warm_up()
+        learning.distiller.begin()
+        yield learning
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -233,7 +268,7 @@ def distil(
     return Distilled(student=student, frozen=frozen, model=state.student)
 
 
-class _Heard:
+class Heard:
     """Collects ranks of real events as the job scores them, and some top-10 lists."""
 
     def __init__(self, events: Events, state: Any, *, lists_every: int) -> None:

@@ -1,5 +1,6 @@
 """The distillation loop on a source that aborts: exactly once, no look ahead, and it recovers."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,20 @@ from torch.multiprocessing.spawn import spawn
 from ray_jobs import checkpoint, replay
 from ray_jobs.checkpoint import Counters, State
 from ray_jobs.distiller import Distiller
+from ray_jobs.gate import Verdict
 from ray_jobs.histories import Histories
 from ray_jobs.labels import aligned, items_of, label
 from ray_jobs.learner import adam, loss_terms, start_from, trust_in
 from ray_jobs.microbatch import MicroBatch, absorb, group
 from ray_jobs.peers import ALONE, Peers
+from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received
 from ray_jobs.teachers import Teachers
+from ray_jobs.telemetry import Telemetry
 from services.core.catalog import Catalog
-from services.core.metrics import Prequential
+from services.core.metrics import MISS, Prequential
 from services.core.models.encoder import EncoderConfig
 from services.core.models.student import Student, StudentConfig
 from services.core.models.teacher import Teacher
@@ -260,12 +264,12 @@ def test_a_new_student_sees_items_as_the_teacher_does() -> None:
     assert not student.encoder.item_id.weight[0].any()
 
 
-def test_after_repeated_failures_the_job_goes_back_to_what_serves(tmp_path: Path) -> None:
+def test_after_repeated_failures_the_job_goes_back_to_what_is_proved(tmp_path: Path) -> None:
     config = replace(CONFIG, failures_until_reset=2)
     state = new_state(config)
     run = distiller(state, Log(2_000), tmp_path, keep=lambda: None, config=config)
     registry = Registry(run.settings.registry)
-    while state.serving is None:
+    while state.proved is None:
         run.tick()
     good = registry.serving("student").version
     with torch.no_grad():
@@ -280,6 +284,43 @@ def test_after_repeated_failures_the_job_goes_back_to_what_serves(tmp_path: Path
         run.tick()
     assert state.counters.learning_rate == config.learning_rate / 2
     assert all(torch.isfinite(weight).all() for weight in weights(state).values())
+
+
+def test_a_small_loss_shows_in_time_and_is_undone(tmp_path: Path) -> None:
+    """Too small for the few events between two versions, it is one for all of them together."""
+    state = new_state()
+    state.catalog.add(map(str, range(60)))
+    state.student.grow(state.catalog.content, optimizer=state.optimizer)
+    registry = Registry(str(tmp_path))
+    publisher = Publisher(
+        str(tmp_path), state, config=CONFIG, keep=3, peers=ALONE, telemetry=Telemetry()
+    )
+    probe = MicroBatch.of([], context=8)
+    assert publisher.publish(probe).promoted
+    good = copy.deepcopy(weights(state))
+    rng = np.random.default_rng(0)
+
+    def published(lost: float) -> Verdict:
+        """A version after 200 events, in which `lost` of the hits were lost."""
+        ranks = rng.integers(1, 40, 200)
+        worse = np.where(rng.random(200) < lost, MISS, ranks)
+        publisher.scored(worse, ranks)
+        with torch.no_grad():
+            state.student.bias_V.add_(1.0)
+        return publisher.publish(probe)
+
+    verdicts = [published(0.07)]
+    while verdicts[-1].promoted:
+        assert len(verdicts) < 50
+        verdicts.append(published(0.07))
+    assert len(verdicts) > 1
+    assert "worse" in verdicts[-1].reason
+    assert all(torch.equal(weights(state)[name], weight) for name, weight in good.items())
+    assert state.counters.learning_rate == CONFIG.learning_rate / 2
+    while state.counters.proved == 1:  # the same events, none lost
+        assert published(0.0).promoted
+        assert registry.serving("student").version == state.counters.published
+    assert state.counters.learning_rate == CONFIG.learning_rate
 
 
 def test_the_replay_window_is_learned_like_news() -> None:

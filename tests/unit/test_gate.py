@@ -14,7 +14,7 @@ NONE: Gains = np.zeros(0)
 
 
 def evidence(**changes: object) -> Evidence:
-    given = {"finite": True, "lists": VARIED, "gains": GAINS, "serving_gains": GAINS}
+    given = {"finite": True, "lists": VARIED, "gains": GAINS, "proved_gains": GAINS}
     return Evidence(**{**given, **changes})  # type: ignore[arg-type]
 
 
@@ -46,10 +46,10 @@ def test_a_bad_candidate_is_kept_and_the_reason_says_why(bad: Evidence, reason: 
     "good",
     [
         evidence(),
-        evidence(serving_gains=worse_by(0.05)),
+        evidence(proved_gains=worse_by(0.05)),
         evidence(gains=worse_by(0.01)),  # within the tolerance
-        evidence(gains=NONE, serving_gains=NONE),  # the first version
-        evidence(gains=NONE, serving_gains=NONE, lists=ALIKE[:3]),  # too few users to tell
+        evidence(gains=NONE, proved_gains=NONE),  # the first version
+        evidence(gains=NONE, proved_gains=NONE, lists=ALIKE[:3]),  # too few users to tell
     ],
 )
 def test_an_equal_or_better_candidate_and_the_first_one_are_promoted(good: Evidence) -> None:
@@ -58,7 +58,7 @@ def test_an_equal_or_better_candidate_and_the_first_one_are_promoted(good: Evide
 
 def test_a_few_events_are_no_proof_that_a_candidate_is_worse() -> None:
     gains, serving = np.array([0.0, 0.4, 0.0]), np.array([0.4, 0.0, 0.4])
-    assert judge(evidence(gains=gains, serving_gains=serving), bar=BAR).promoted
+    assert judge(evidence(gains=gains, proved_gains=serving), bar=BAR).promoted
 
 
 def test_distinctness_is_zero_for_one_list_for_all_and_near_one_for_unlike_ones() -> None:
