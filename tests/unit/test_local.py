@@ -1,6 +1,7 @@
 """The pure parts of the one-machine stack: when to refresh, how to pace, what to show."""
 
 import itertools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from services.cli import parse_duration_s
 from services.core.errors import RefluxError, UnavailableError
 from services.core.settings import Settings
+from services.local import learning
+from services.local.jobs import Job
 from services.local.learning import TeacherState, refresh_due
 from services.local.observe import quantile
 from services.local.processes import Command, Process
@@ -44,6 +47,51 @@ def test_zero_switches_a_refresh_trigger_off() -> None:
     never = Settings(teacher_every_minutes=0, teacher_every_events=0)
     old = TeacherState(created_ms=0, events_since=10**9)
     assert refresh_due(events=10**9, teacher=old, now_ms=NOW_MS, settings=never) is None
+
+
+def test_learning_is_supervised_until_a_signal_and_then_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "LOOK_EVERY_S", 0.01)
+    settings = Settings(home=tmp_path, teacher_first_events=1_000)
+    happened: list[str] = []
+
+    class Recorded:
+        """The Jobs API of a Ray on which nothing runs yet."""
+
+        def __init__(self) -> None:
+            self.settings = settings
+
+        def active(self, kind: str) -> None:
+            return None
+
+        def submit(self, kind: str) -> str:
+            happened.append(f"start {kind}")
+            signal.raise_signal(signal.SIGTERM)
+            return f"reflux-{kind}"
+
+        def stop(self, kind: str) -> Job:
+            happened.append(f"stop {kind}")
+            return Job(
+                kind="student",
+                submission_id="reflux-student",
+                status="STOPPED",
+                message="",
+                started_ms=0,
+            )
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        learning.supervise(Recorded(), report=happened.append)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert happened == [
+        "start student",
+        "student job reflux-student: no distillation job is running",
+        "stop student",
+        "reflux-student STOPPED",
+    ]
 
 
 def test_pacing_holds_the_rate_and_loses_nothing() -> None:
