@@ -140,12 +140,13 @@ def test_commands_and_ports(objects: list[Manifest], settings: Settings) -> None
     ports = {
         name: {p["name"]: p["containerPort"] for c in containers(one) for p in c["ports"]}
         for one in objects
-        if (name := one["metadata"]["name"]) in ("gateway", "worker", "answers")
-        and one["kind"] in ("Deployment", "RayService")
+        if (name := one["metadata"]["name"]) in ("gateway", "worker", "answers", "student")
+        and one["kind"] in ("Deployment", "RayService", "RayJob")
     }
     assert ports["gateway"]["http"] == settings.gateway_port
     assert ports["worker"]["metrics"] == settings.worker_metrics_port
     assert ports["answers"]["metrics"] == settings.answers_metrics_port
+    assert ports["student"]["metrics"] == settings.student_metrics_port
     for one in objects:
         for template in templates(one):
             found = template["metadata"].get("annotations", {})
