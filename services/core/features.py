@@ -65,7 +65,7 @@ class FeatureStore:
         self._online = RedisOnlineStore()
         # The client's default is three retries with seconds between them. One, at once, is for
         # a connection that a restarted Redis has closed.
-        client = self._online._get_client(self._config.online_store)
+        client = self._client()
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)))
 
     def apply(self) -> None:
@@ -114,32 +114,47 @@ class FeatureStore:
             for user_id, features in zip(user_ids, found, strict=True)
         ]
 
-    def unfilled(self, topic: str, partitions: Iterable[int]) -> set[int]:
-        """Partitions whose records this store has not, as far as it knows: it is new, or it has
-        lost everything."""
-        client = self._online._get_client(self._config.online_store)
+    def unfilled(self, topic: str, partitions: Iterable[int]) -> dict[int, bool]:
+        """Partitions of which this store may lack logged records, and whether only the newest.
+
+        All may be missing where it is new or has lost everything; the newest where it has been
+        restarted or failed over: Redis answers before what was written is safe.
+        """
         try:
-            return {p for p in partitions if not client.exists(self._mark(topic, p))}
+            client, incarnation = self._client(), self._incarnation()
+            marks = {p: client.get(self._mark(topic, p)) for p in partitions}
         except self._redis_error as error:
             raise self._unavailable(error) from None
+        return {p: mark is not None for p, mark in marks.items() if mark != incarnation}
 
     def mark_filled(self, topic: str, partitions: Iterable[int]) -> None:
         """Say that all logged records of these partitions are in the store."""
-        client = self._online._get_client(self._config.online_store)
         try:
+            client, incarnation = self._client(), self._incarnation()
             for partition in partitions:
-                client.set(self._mark(topic, partition), 1)
+                client.set(self._mark(topic, partition), incarnation)
         except self._redis_error as error:
             raise self._unavailable(error) from None
 
     def mark_unfilled(self) -> None:
         """Let the workers rebuild the store from the log."""
-        client = self._online._get_client(self._config.online_store)
         try:
+            client = self._client()
             for key in client.scan_iter(match=self._mark("*", "*")):
                 client.delete(key)
         except self._redis_error as error:
             raise self._unavailable(error) from None
+
+    def _client(self) -> Any:
+        return self._online._get_client(self._config.online_store)
+
+    def _incarnation(self) -> bytes:
+        """Another one after each start of Redis, or of one of its cluster's primaries."""
+        client = self._client()
+        cluster = hasattr(client, "get_primaries")
+        found = client.info("server", **({"target_nodes": "primaries"} if cluster else {}))
+        nodes = [found] if "run_id" in found else found.values()
+        return ",".join(sorted(str(node["run_id"]) for node in nodes)).encode()
 
     def _mark(self, topic: str, partition: int | str) -> str:
         return f"{self._config.project}:filled:{topic}:{partition}"
@@ -149,7 +164,7 @@ class FeatureStore:
         from feast.infra.online_stores.helpers import _redis_key
 
         version = self._config.entity_key_serialization_version
-        client = self._online._get_client(self._config.online_store)
+        client = self._client()
         try:
             for user_id in user_ids:
                 key = self._protos.key("user_id", user_id)
@@ -161,7 +176,7 @@ class FeatureStore:
         """Have Redis write its append-only file anew, without what has been deleted, where it has
         one and lets us."""
         with suppress(self._redis_error):
-            self._online._get_client(self._config.online_store).bgrewriteaof()
+            self._client().bgrewriteaof()
 
     def write_items(self, items: Iterable[Item]) -> None:
         """Replace these items' metadata online; their popularity stays."""

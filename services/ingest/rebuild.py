@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,38 +16,56 @@ EVENT_COLUMNS = [
     *("event_id", "user_id", "item_id", "type", "timestamp", "value"),
     *("arrival", "partition", "offset"),
 ]
-ITEM_COLUMNS = ["item_id", "title", "categories", "text"]
+ITEM_FIELDS = ["item_id", "title", "categories", "text"]
+ITEM_COLUMNS = [*ITEM_FIELDS, "arrival", "partition"]
+RECENT_S = 60.0  # Redis keeps all but a second or two; what is written again does no harm
 
 
 def rebuild(
-    features: FeatureStore, log: EventLog, starts: Mapping[int, int], *, history_events: int
+    features: FeatureStore,
+    log: EventLog,
+    starts: Mapping[int, int],
+    *,
+    history_events: int,
+    recent_only: bool,
 ) -> int:
     """Write online what the log says of these partitions before `starts`; how many rows.
 
     Only for partitions that nobody else writes, at the offsets where their reader goes on: what
-    follows is then merged as if nothing had been lost.
+    follows is then merged as if nothing had been lost. `recent_only`: rows whose newest record is
+    among the last `RECENT_S` of its partition's.
     """
-    if log.topic == EVENTS:
-        return _rebuild_users(features, log, starts, history_events=history_events)
-    elsewhere = dict.fromkeys(log.end().keys() - starts.keys(), 0)
-    rows = log.read(until={**elsewhere, **starts}, columns=ITEM_COLUMNS).to_pylist()
-    latest = {row["item_id"]: Item(**row) for row in rows}
-    features.write_items(latest.values())
-    return len(latest)
-
-
-def _rebuild_users(
-    features: FeatureStore, log: EventLog, starts: Mapping[int, int], *, history_events: int
-) -> int:
-    events = log.read(until=starts, columns=EVENT_COLUMNS)
+    columns = EVENT_COLUMNS if log.topic == EVENTS else ITEM_COLUMNS
+    rows = log.read(until=starts, columns=columns)
     written = 0
     for partition, start in starts.items():
-        mine = events.filter(pc.equal(events["partition"], pa.scalar(partition, pa.int32())))
-        user_ids = pc.unique(mine["user_id"]).to_pylist()
-        until_ms = [MAX_TIMESTAMP_MS + 1] * len(user_ids)
-        rows = histories_as_of(events, user_ids, until_ms, limit=history_events)
-        features.write_users(
-            [replace(row, partition=partition, offset=start - 1) for row in rows if row.item_ids]
-        )
-        written += len(rows)
+        mine = rows.filter(pc.equal(rows["partition"], pa.scalar(partition, pa.int32())))
+        if recent_only and len(mine):
+            since = pc.max(mine["arrival"]).as_py() - timedelta(seconds=RECENT_S)
+            mine = mine.filter(pc.greater_equal(mine["arrival"], pa.scalar(since)))
+        if log.topic == EVENTS:
+            written += _write_users(
+                features, rows, mine, history_events, partition=partition, start=start
+            )
+        else:
+            latest = {row["item_id"]: row for row in mine.select(ITEM_FIELDS).to_pylist()}
+            features.write_items(Item(**row) for row in latest.values())
+            written += len(latest)
     return written
+
+
+def _write_users(
+    features: FeatureStore,
+    events: pa.Table,
+    mine: pa.Table,
+    history_events: int,
+    *,
+    partition: int,
+    start: int,
+) -> int:
+    user_ids = pc.unique(mine["user_id"]).to_pylist()
+    until_ms = [MAX_TIMESTAMP_MS + 1] * len(user_ids)
+    rows = histories_as_of(events, user_ids, until_ms, limit=history_events)
+    rows = [replace(row, partition=partition, offset=start - 1) for row in rows if row.item_ids]
+    features.write_users(rows)
+    return len(rows)

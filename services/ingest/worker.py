@@ -81,7 +81,7 @@ class Worker(ConsumerRebalanceListener):
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
-        self._flushed_s = time.monotonic()
+        self._flushed_s = self._checked_s = time.monotonic()
         self._create_topics_at_s = 0.0
 
     def stop(self) -> None:
@@ -145,6 +145,7 @@ class Worker(ConsumerRebalanceListener):
             self._patiently(lambda: self._apply(polled))
             if self._flush_is_due():
                 commits = self._patiently(self._flush)
+            if time.monotonic() - self._checked_s >= self._settings.log_flush_s:
                 self._patiently(self._notice_lost_store)
         if commits:
             consumer.commit_async(commits)
@@ -265,22 +266,28 @@ class Worker(ConsumerRebalanceListener):
     def _rebuild(self, topic: str, starts: Mapping[int, int]) -> None:
         """Fill an online store that lacks what the log has of partitions that are now ours."""
         lost = self._features.unfilled(topic, starts)
-        if not lost:
-            return
-        rows = rebuild(
-            self._features,
-            self._logs[topic],
-            {partition: starts[partition] for partition in lost},
-            history_events=self._settings.history_events,
-        )
-        self._features.mark_filled(topic, lost)
-        self._roll_up.write_all()
-        if rows:
-            logger.warning("wrote %d rows of %s %s online from the log", rows, topic, sorted(lost))
-        self.metrics.rebuilt.inc(rows)
+        for recent_only in (False, True):
+            these = {p: starts[p] for p, only in lost.items() if only == recent_only}
+            if not these:
+                continue
+            rows = rebuild(
+                self._features,
+                self._logs[topic],
+                these,
+                history_events=self._settings.history_events,
+                recent_only=recent_only,
+            )
+            self._features.mark_filled(topic, these)
+            self._roll_up.write_all()
+            if rows:
+                which = "the newest" if recent_only else "all"
+                where = (topic, sorted(these))
+                logger.warning("wrote %d rows, %s of %s %s, online again", rows, which, *where)
+            self.metrics.rebuilt.inc(rows)
 
     def _notice_lost_store(self) -> None:
         """Go back to `_rebuild` where Redis has come back empty, or `reflux features rebuild`."""
+        self._checked_s = time.monotonic()
         for topic in (EVENTS, ITEMS):
             mine = {p.partition: p for p in self._reading if p.topic == topic}
             lost = self._features.unfilled(topic, mine)
