@@ -66,16 +66,20 @@ def label(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Items:
-    """What a teacher makes of every row: its item table and its bias."""
+    """What a teacher makes of every row: its item table and its bias; of a set, its weight."""
 
     table_VT: NDArray[np.float32]
     bias_V: NDArray[np.float32]
+    weight_V: NDArray[np.float32] | None = None
 
 
 @torch.no_grad()
 def items_of(teacher: Teacher) -> Items:
+    weight_V = teacher.encoder.weight_V
     return Items(
-        table_VT=teacher.encoder.item_table().cpu().numpy(), bias_V=teacher.bias_V.cpu().numpy()
+        table_VT=teacher.encoder.item_table().cpu().numpy(),
+        bias_V=teacher.bias_V.cpu().numpy(),
+        weight_V=None if weight_V is None else weight_V.cpu().numpy(),
     )
 
 
@@ -90,7 +94,7 @@ def aligned(
     known_V = torch.from_numpy(rows > 0)
     moved = Teacher(teacher.config, n_rows=len(rows))
     state = teacher.state_dict()
-    for name in ("encoder.item_id.weight", "bias_V"):
+    for name in {"encoder.item_id.weight", "encoder.weight_V", "bias_V"} & state.keys():
         value = state[name][rows]
         state[name] = value * known_V.view(-1, *[1] * (value.dim() - 1))
     state["encoder.content_VC"] = moved.encoder.content_VC

@@ -54,6 +54,8 @@ def start_from(student: Student, items: Items) -> None:
     embedding[1:, :dim] = table_VD * scale
     student.encoder.content.weight.mul_(CONTENT_SHARE)  # the table has it already
     student.bias_V.copy_(torch.from_numpy(items.bias_V))
+    if student.encoder.weight_V is not None and items.weight_V is not None:
+        student.encoder.weight_V.copy_(torch.from_numpy(items.weight_V))
 
 
 def loss_terms(

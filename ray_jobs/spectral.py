@@ -30,13 +30,14 @@ ALPHA: Final = 40.0  # what an interaction weighs over its absence
 DIRECTIONS_SHARE: Final = 0.3  # of the factors' spread
 SCALE: Final = 0.25  # of a random table's spread: logits that a softmax can be learned from
 BIAS_SHARE: Final = 0.1  # of the log of an item's users
+WEIGHT_SHARE: Final = -0.6  # the same, of what it counts for in a set
 SPARE_VECTORS: Final = 32  # computed beyond those wanted, for accuracy (Halko et al. 2011)
 POWER_STEPS: Final = 4
 
 
 @torch.no_grad()
 def start_items(model: Recommender, shards: Sequence[Sequences]) -> None:
-    """Give a model its item table and its bias from all users' events."""
+    """Give a model its item table, its bias and its weights from all users' events."""
     n_events = np.concatenate([np.diff(shard.starts) for shard in shards])
     user_E = np.repeat(np.arange(len(n_events)), n_events)
     row_E = np.concatenate([shard.features.rows for shard in shards])
@@ -59,7 +60,11 @@ def start_items(model: Recommender, shards: Sequence[Sequences]) -> None:
         SCALE * dim**-0.5 / table_VD.std().clamp_min(1e-9)
     )
     embedding[0] = 0.0
-    model.bias_V.copy_(torch.from_numpy(BIAS_SHARE * np.log(np.maximum(had_UV.sum(0).A1, 1))))
+    log_count_V = torch.from_numpy(np.log(np.maximum(had_UV.sum(0).A1, 1)))
+    model.bias_V.copy_(BIAS_SHARE * log_count_V)
+    if model.encoder.weight_V is not None:
+        # Sums of the order of 1, so that the encoder's norm finds more than its epsilon.
+        model.encoder.weight_V.copy_(WEIGHT_SHARE * log_count_V - np.log(SCALE * dim**-0.5))
 
 
 def _factors(had_UV: scipy.sparse.csr_matrix, n: int) -> Tensor:

@@ -141,6 +141,8 @@ def a_set_student() -> Student:
     config = replace(STUDENT, n_layers=0, n_recent=0, ordered=False)
     student = Student(config, n_rows=N_ROWS).eval()
     student.describe(content())
+    assert student.encoder.weight_V is not None
+    nn.init.normal_(student.encoder.weight_V)
     return student
 
 

@@ -64,6 +64,8 @@ class Encoder(nn.Module):
                 nn.init.zeros_(table.weight[table.padding_idx].detach())
         self.recent = Recent(config) if config.n_recent else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # Log of what an item counts for in a set: what everybody has says little of who has it.
+        self.weight_V = None if config.ordered else nn.Parameter(torch.zeros(n_rows))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("content_VC", torch.zeros(n_rows, config.n_content, dtype=torch.int32))
@@ -92,7 +94,8 @@ class Encoder(nn.Module):
         table_VD = self.item_table() if table_VD is None else table_VD
         x_BLD = F.embedding(rows_BL, table_VD)
         mask = attention_mask(rows_BL.shape[1], self.config.max_len, segments_BL, rows_BL.device)
-        if not self.config.ordered:
+        if self.weight_V is not None:
+            x_BLD = x_BLD * self.weight_V.exp()[rows_BL][..., None]
             return self.norm(self.dropout(pooled(x_BLD, mask)))
         x_BLD = x_BLD + self.event_type(types_BL) + self.gap(gaps_BL)
         if self.recent is not None:

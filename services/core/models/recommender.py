@@ -81,6 +81,8 @@ class Recommender(nn.Module):
             encoder.item_id.weight = _grown(encoder.item_id.weight, n_rows, optimizer)
             encoder.item_id.num_embeddings = n_rows
             self.bias_V = _grown(self.bias_V, n_rows, optimizer)
+            if encoder.weight_V is not None:
+                encoder.weight_V = _grown(encoder.weight_V, n_rows, optimizer)
             encoder.content_VC = _padded(encoder.content_VC, n_rows)
         self.describe(content)
 

@@ -23,11 +23,12 @@ class ServingStudent:
     def __init__(self, encoder: Encoder, bias_V: Tensor) -> None:
         config = encoder.config
         self.n_rows = encoder.n_rows
-        self._ordered = config.ordered
         self.max_events = 2 * config.max_len if config.ordered else config.max_len
         with torch.no_grad():
             self._table_VD = encoder.item_table().clone()
             self._bias_V = bias_V.clone()
+            weight_V = encoder.weight_V
+            self._weight_V1 = weight_V.exp()[:, None] if weight_V is not None else None
             self._type = encoder.event_type.weight.clone()
             self._gap = encoder.gap.weight.clone()
             self._norm = _Norm.of(encoder.norm)
@@ -52,11 +53,12 @@ class ServingStudent:
         """
         at = slice(-self.max_events, None)
         x_LD = self._table_VD[rows_1L[0, at]]
-        if self._ordered:
+        if self._weight_V1 is None:
             x_LD += self._type[types_1L[0, at]]
             x_LD += self._gap[gaps_1L[0, at]]
             x_LD = self._blend(x_LD)
         else:
+            x_LD *= self._weight_V1[rows_1L[0, at]]
             x_LD = x_LD.sum(0, keepdim=True) * len(x_LD) ** -0.5
         for block in self._blocks:
             x_LD = block(x_LD, self._cos_T1K, self._sin_T1K)
