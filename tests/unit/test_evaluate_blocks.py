@@ -1,5 +1,6 @@
 """Blocks: who is ranked among what, what may be known when, and what the averages are of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_jobs import recipes
 from ray_jobs.evaluate import block_rankers, blocks
 from ray_jobs.evaluate.block_data import Blocks, Ints, load, ranks, recalls
 from ray_jobs.evaluate.block_rankers import Had, Ranked, hidden_states
 from ray_jobs.evaluate.options import Options
 from ray_jobs.evaluate.results import Cost
+from ray_jobs.evaluate.stream_teachers import COST
+from ray_jobs.evaluate.students import save_teacher
+from ray_jobs.spectral import start_items
+from ray_jobs.teacher_data import history_of
 from services.core.metrics import MISS
 from services.core.models.encoder import EncoderConfig
 from services.core.models.teacher import Teacher
@@ -109,6 +115,36 @@ def test_a_set_is_read_whole_and_in_any_order(data: Blocks) -> None:
         with torch.no_grad():
             expected_D = model(rows, rows.clamp_max(1), rows.clamp_max(1))[0, -1]
         torch.testing.assert_close(hidden_UD[user], expected_D)
+
+
+def test_a_student_learns_block_after_block_by_its_teachers(data: Blocks, tmp_path: Path) -> None:
+    recipe = recipes.load("blocks_cpu")
+    recipe = replace(
+        recipe,
+        teacher=replace(recipe.teacher, dim=24),
+        student=replace(recipe.student, dim=8, teacher_dim=24),
+        distill=replace(recipe.distill, warm_up_learning_rate=1e-5, learning_rate=1e-5),
+    )
+    for end in data.ends:
+        catalog = data.events.catalog(end)
+        history = history_of(
+            data.events.interactions(end), catalog=catalog, n_shards=1, last_slice=0.0
+        )
+        model = Teacher(recipe.teacher, n_rows=len(catalog))
+        start_items(model, [shard.sequences for shard in history.shards])
+        save_teacher(model, catalog, tmp_path / str(end))
+        (tmp_path / str(end) / COST).write_text('{"elapsed_s": 1}')
+    users = np.arange(N_USERS)
+    walks = zip(
+        block_rankers.teacher(data, tmp_path),
+        block_rankers.student(data, recipe, folder=tmp_path, seed=0),
+        strict=True,
+    )
+    for block, (taught_by, student) in enumerate(walks):
+        theirs, ours = taught_by.scores(users)[:, 1:], student.scores(users)[:, 1:]
+        assert ours.shape == (N_USERS, data.known_rows(block) - 1)
+        alike = torch.corrcoef(torch.stack([theirs.flatten(), ours.flatten()]))[0, 1]
+        assert alike > 0.5  # it begins as this block's teacher sees the items, and learns slowly
 
 
 def test_no_teacher_labels_before_its_block_has_begun() -> None:
