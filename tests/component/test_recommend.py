@@ -43,7 +43,7 @@ def serving(settings: Settings) -> Iterator[httpx.Client]:
         thread.join()
 
 
-def until(condition: Callable[[], Any], *, timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -245,7 +245,7 @@ def test_what_cannot_serve_leaves_the_last_good_version(
         assert ask(client)["model_version"] == 2
         Path(hidden).rename(Path(live.registry, "student"))
         assert registry.roll_back("student") == 2
-        registry.promote("student", 1, "by hand")
+        registry.promote("student", 1, "by hand", hold=True)
         until(lambda: ask(client)["model_version"] == 1)
 
 

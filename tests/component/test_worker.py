@@ -46,7 +46,7 @@ def publish(settings: Settings, events: Sequence[Event]) -> None:
     publisher.close()
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
