@@ -22,7 +22,7 @@ def test_nothing_listens_beyond_loopback(running: Running) -> None:
             leader = psutil.Process(int(identity["pid"]))
             for process in [leader, *leader.children(recursive=True)]:
                 try:
-                    name = " ".join(process.cmdline())[:80]
+                    name = " ".join(process.cmdline())
                     for connection in process.net_connections():
                         udp = connection.type == socket.SOCK_DGRAM and not connection.raddr
                         if connection.status == psutil.CONN_LISTEN or udp:
