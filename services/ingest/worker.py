@@ -53,6 +53,7 @@ from services.ingest.rebuild import rebuild
 from services.ingest.rollup import RollUp
 
 POLL_MS: Final = 100
+COMMIT_AGAIN_S: Final = 1.0
 RETRY_S: Final = 1.0
 CREATE_TOPICS_S: Final = 5.0  # between two attempts, while there is nothing to read
 CLOSE_TIMEOUT_MS: Final = 5_000
@@ -81,7 +82,7 @@ class Worker(ConsumerRebalanceListener):
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
-        self._flushed_s = self._checked_s = time.monotonic()
+        self._flushed_s = self._checked_s = self._committed_s = time.monotonic()
         self._create_topics_at_s = 0.0
 
     def stop(self) -> None:
@@ -147,6 +148,10 @@ class Worker(ConsumerRebalanceListener):
                 commits = self._patiently(self._flush)
             if time.monotonic() - self._checked_s >= self._settings.log_flush_s:
                 self._patiently(self._notice_lost_store)
+            if time.monotonic() - self._committed_s >= COMMIT_AGAIN_S:
+                self._committed_s = time.monotonic()
+                # A commit that overtook another, or got lost, would show as lag for ever.
+                commits = {p: _commit(reading.first) for p, reading in self._reading.items()}
         if commits:
             consumer.commit_async(commits)
         self._look_at_ends(consumer)
