@@ -198,6 +198,8 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_JOB_STOP_WAIT_TIME_S": "20",
+            # A node that ends first waits up to 30 s for others to take over; here are none.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             **env,
         },
         ready_timeout_s=120.0,
