@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from ray_jobs import checkpoint, recipes
+from ray_jobs import checkpoint, own_ray, recipes
 from ray_jobs.checkpoint import CHECKPOINTS_KEPT, State
 from ray_jobs.distiller import Distiller
 from ray_jobs.peers import Peers
@@ -53,11 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(str(error))
     # report() waits for the controller's next look; Train's default of 2 s would stall the stream.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    if not ray.is_initialized():
-        ray.init()
+    own_ray.join()
     stop = StopFile(settings)
     stop.clear()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after ray.init(), which sets its own
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
     config = recipe.distill
     TorchTrainer(
         train_loop,

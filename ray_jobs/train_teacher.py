@@ -10,9 +10,7 @@ import argparse
 import signal
 import sys
 
-import ray
-
-from ray_jobs import recipes
+from ray_jobs import own_ray, recipes
 from ray_jobs.recipes import Recipe
 from ray_jobs.teacher_data import read_history
 from ray_jobs.teacher_training import train
@@ -51,7 +49,7 @@ def refresh(settings: Settings, recipe: Recipe) -> int:
         parent_offsets=parent.offsets if parent else {},
     )
     print(f"from teacher {parent.version}" if parent else "from scratch", flush=True)
-    ray.init(ignore_reinit_error=True)
+    own_ray.join()
     trained = train(
         recipe,
         history,

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from ray_jobs import own_ray
 from ray_jobs.evaluate.results import Outcome, saved_key
 from services.core.errors import RefluxError
 
@@ -66,11 +67,9 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+        own_ray.join(log_to_driver=False)
     else:
-        # By default it would write a token into the home folder, which later ones then demand.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        own_ray.start()
 
 
 def _run(jobs: Sequence[Job], out: Path, console: Console) -> None:

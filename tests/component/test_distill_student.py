@@ -170,6 +170,8 @@ def _kill_worker() -> None:
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
         if process.pid in ours and title.startswith("ray::RayTrainWorker"):
+            # Else Ray Train would ask just any Ray of this machine whether this run still lives.
+            assert process.environ()["RAY_ADDRESS"].startswith(processes.LOOPBACK)
             process.send_signal(signal.SIGKILL)
             return
     raise AssertionError("no training worker runs")

@@ -9,6 +9,7 @@ import pytest
 import ray
 from rich.console import Console
 
+from ray_jobs import own_ray
 from ray_jobs.evaluate.results import Outcome
 from ray_jobs.evaluate.rows import Job, Say, run_jobs
 from services.core.errors import RefluxError
@@ -39,9 +40,10 @@ def prepare(given: Given, say: Say) -> dict[str, Outcome]:
 
 
 @pytest.fixture(autouse=True)
-def own_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # undone afterwards
+    own_ray.start(num_cpus=2)
     yield
     ray.shutdown()
 
