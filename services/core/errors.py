@@ -3,6 +3,7 @@
 RefluxError
 ├── SettingsError            a setting has a value that can't be used
 ├── InvalidEventError        an event or item breaks its contract
+├── DamagedFileError         a file of the offline log can't be read
 ├── DatasetError             an interaction log can't be found or read
 ├── UnavailableError         Kafka, the online store or Ray doesn't answer
 │   └── BusyError            more is under way than we hold: try again in a moment
@@ -38,6 +39,10 @@ class InvalidEventError(RefluxError):
         self.value = value
         self.fix = fix
         super().__init__(f"{field or 'record'}={value!r}: {fix}")
+
+
+class DamagedFileError(RefluxError):
+    """A file of the offline log can't be read, or is not what was written."""
 
 
 class DatasetError(RefluxError):

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.forgetting import Tombstone, Tombstones, forgotten_rows
-from services.core.spans import Span, SpanFiles
+from services.core.spans import Span, SpanFiles, settle
 
 EPOCH_SPAN: Final = 10**12  # offsets one incarnation of a topic may use
 
@@ -130,6 +130,7 @@ class EventLog:
             fs.create_dir(path, recursive=True)
             with fs.open_output_stream(f"{path}/epoch-{known[topic_id]:03d}-{topic_id}"):
                 pass  # the name says it all
+            settle(fs, path)
         return known[topic_id]
 
     def append(self, table: pa.Table, span: Span | None = None) -> None:

@@ -7,7 +7,6 @@ events, so whatever comes after it is a new user's.
 """
 
 import re
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
 
-from services.core.spans import filesystem
+from services.core.spans import filesystem, whole
 
 FOLDER: Final = "forgotten"
 
@@ -41,11 +40,11 @@ class Tombstones:
 
     def add(self, tombstone: Tombstone) -> None:
         """Adding it again changes nothing."""
-        self._fs.create_dir(self._path, recursive=True)
-        aside = f"{self._path}/.{uuid.uuid4().hex}"
-        with self._fs.open_output_stream(aside) as stream:
+        with (
+            whole(self._fs, self._file(tombstone)) as aside,
+            self._fs.open_output_stream(aside) as stream,
+        ):
             stream.write(orjson.dumps({"user_id": tombstone.user_id}))
-        self._fs.move(aside, self._file(tombstone))
 
     def pending(self) -> list[Tombstone]:
         selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)

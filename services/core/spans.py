@@ -2,12 +2,16 @@
 
 A file appears whole or not at all, and the same span written twice is the same file, so that
 whoever repeats work after a crash changes nothing. Files may overlap; readers see each offset once.
+What has been written survives a power cut, and readers notice a single changed bit (see seal).
 """
 
+import os
 import re
+import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -15,13 +19,17 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
+
+from services.core import seal
+from services.core.errors import DamagedFileError
 
 READ_ATTEMPTS: Final = 5  # compaction may remove a file between listing and reading
 READ_THREADS: Final = 8
 MERGED_OFFSETS: Final = 2_000_000  # at most in one file
+LEFTOVER_S: Final = 3600.0  # nobody writes one file for so long
+KEYS: Final = ("user_id", "partition", "offset")  # by which rows are purged
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -87,9 +95,9 @@ class SpanFiles:
 
         Sizes stay roughly geometric, so each row is rewritten a logarithmic number of times. The
         parts of a merged file are removed by the next call only: whoever listed them has until
-        then to read them.
+        then to read them. Leftovers of whoever died while writing go, too.
         """
-        gone = 0
+        gone = self._tidy()
         for _, spans in groupby(self.spans(), key=lambda span: span.partition):
             files = list(spans)
             pieces = _cover(files)
@@ -108,6 +116,20 @@ class SpanFiles:
                 return gone
         return gone
 
+    def _tidy(self) -> int:
+        """Remove what was written aside and never became a file."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        old = time.time() - LEFTOVER_S
+        left = [
+            info.path
+            for info in self.fs.get_file_info(selector)
+            if PurePosixPath(info.path).name.startswith(".") and info.mtime.timestamp() < old
+        ]
+        for path in left:
+            with suppress(FileNotFoundError):
+                self.fs.delete_file(path)
+        return len(left)
+
     def purge(self, rows: pc.Expression) -> int:
         """Write every file that has such rows anew, without them; return how many rows are gone.
 
@@ -117,27 +139,38 @@ class SpanFiles:
         gone = 0
         for span in self.spans():
             try:
-                found = self._dataset(span).count_rows(filter=rows)
+                found = len(self._read_file(span, KEYS, rows))
                 if found:
-                    self.write(self._dataset(span).to_table(filter=~rows), span)
+                    self.write(self._read_file(span, self.schema.names, ~rows), span)
             except FileNotFoundError:  # compacted meanwhile: the merged file is a span of its own
                 return gone + self.purge(rows)
             gone += found
         return gone
 
-    def _dataset(self, span: Span) -> pyarrow.dataset.Dataset:
-        return pyarrow.dataset.dataset(
-            self._file(span), schema=self.schema, format="parquet", filesystem=self.fs
-        )
-
     def _read(self, piece: "_Piece", columns: Sequence[str]) -> pa.Table:
         whole = piece.span.first == piece.lo and piece.span.last == piece.hi
         offset = pc.field("offset")
+        rows = None if whole else (offset >= piece.lo) & (offset <= piece.hi)
+        return self._read_file(piece.span, columns, rows)
+
+    def _read_file(
+        self, span: Span, columns: Sequence[str], rows: pc.Expression | None
+    ) -> pa.Table:
+        """These columns of these rows (None: all); `DamagedFileError` names the file."""
+        path = self._file(span)
+        with self.fs.open_input_stream(path) as stream:
+            raw = stream.read()
+        try:
+            seal.check(raw)
+        except seal.BrokenSealError as error:
+            raise DamagedFileError(
+                f"{path} is damaged ({error}); put it back from a copy, or, where there is none, "
+                "move it away: what it held is then missing from the log"
+            ) from None
         return pq.read_table(
-            self._file(piece.span),
-            filesystem=self.fs,
+            pa.BufferReader(raw),
             columns=list(columns),
-            filters=None if whole else (offset >= piece.lo) & (offset <= piece.hi),
+            filters=rows,
             use_threads=False,  # files are read side by side
             partitioning=None,
         )
@@ -156,12 +189,41 @@ def filesystem(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def write_whole(fs: pyarrow.fs.FileSystem, path: str, table: pa.Table) -> None:
-    """Write a Parquet file that readers see complete or not at all."""
+    """Write a Parquet file that readers see complete or not at all; then it is on the disk."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    with whole(fs, path) as aside, fs.open_output_stream(aside) as stream:
+        stream.write(seal.seal(sink.getvalue().to_pybytes()))
+
+
+@contextmanager
+def whole(fs: pyarrow.fs.FileSystem, path: str) -> Iterator[str]:
+    """A path to write to, which becomes `path`, on the disk, when the block ends well."""
     folder = str(PurePosixPath(path).parent)
-    fs.create_dir(folder, recursive=True)
-    temporary = f"{folder}/.{uuid.uuid4().hex}"
-    pq.write_table(table, temporary, filesystem=fs, compression="zstd")
-    fs.move(temporary, path)
+    if fs.get_file_info(folder).type == pyarrow.fs.FileType.NotFound:
+        fs.create_dir(folder, recursive=True)
+        settle(fs, str(PurePosixPath(folder).parent))
+    aside = f"{folder}/.{uuid.uuid4().hex}"
+    try:
+        yield aside
+        settle(fs, aside)
+        fs.move(aside, path)
+    except BaseException:
+        with suppress(OSError):  # half a file would keep a full disk full
+            fs.delete_file(aside)
+        raise
+    settle(fs, folder)
+
+
+def settle(fs: pyarrow.fs.FileSystem, path: str) -> None:
+    """Wait until a local file or folder is on the disk; object stores wait by themselves."""
+    if not isinstance(fs, pyarrow.fs.LocalFileSystem):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, kw_only=True)

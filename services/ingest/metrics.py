@@ -42,6 +42,11 @@ class Metrics:
             buckets=(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2.5, 5, 15, 60),
             registry=self.registry,
         )
+        self.flush_failures = Counter(
+            "reflux_worker_flush_failures",
+            "Attempts to write to the offline log that failed and are repeated",
+            registry=self.registry,
+        )
         self.flush = Histogram(
             "reflux_worker_flush_seconds", "Writing to the offline log", registry=self.registry
         )

@@ -31,7 +31,7 @@ class Online:
         self._features = features
         self._metrics = metrics
         self._limit = history_events
-        self._touched: dict[str, UserHistory] = {}
+        self._touched: dict[int, dict[str, UserHistory]] = defaultdict(dict)
 
     def apply(self, topic: str, arrived: Sequence[Arrived[Any]]) -> Poison:
         """Write them online, in order; return those that can't be. Raises `UnavailableError`."""
@@ -53,13 +53,17 @@ class Online:
             user_ids = [tombstone.user_id for tombstone in tombstones]
             self._features.forget_users(user_ids)
             self._metrics.forgotten.inc(len(user_ids))
-            for user_id in user_ids:
-                self._touched.pop(user_id, None)
+            for rows in self._touched.values():
+                for user_id in user_ids:
+                    rows.pop(user_id, None)
 
-    def take_touched(self) -> list[UserHistory]:
-        """The newest rows of the users written since the last call."""
-        touched, self._touched = self._touched, {}
-        return list(touched.values())
+    def touched(self, partition: int) -> list[UserHistory]:
+        """The newest rows of its users written since the last `let_go`."""
+        return list(self._touched[partition].values())
+
+    def let_go(self, partition: int) -> None:
+        """Its touched rows are in the offline files, or somebody else's to write."""
+        self._touched.pop(partition, None)
 
     def _try_again(self, topic: str, record: Arrived[Any], error: Exception) -> Poison:
         for _ in range(TRIES - 1):
@@ -98,7 +102,8 @@ class Online:
                 self._metrics.duplicates.inc(duplicates)
                 merged.append(row)
             self._features.write_users(merged)
-            self._touched.update((row.user_id, row) for row in merged)
+            for row in merged:
+                self._touched[row.partition][row.user_id] = row
             written_ms = time.time_ns() // 1_000_000
             for arrived in chain.from_iterable(by_user.values()):
                 self._metrics.freshness.observe((written_ms - arrived.arrival_ms) / 1000)

@@ -6,6 +6,9 @@ Each poll is applied online at once; every `log_flush_s` the log gets what was a
 then are offsets committed. The log's end, not the committed offset, is where a worker resumes, and
 applying an event again changes nothing: a crash at any point loses nothing and counts nothing
 twice. Workers share the partitions; a user has one partition, and therefore one writer.
+
+A log that can't be written (a full disk) is tried again and again; features stay fresh meanwhile,
+until the worker holds as many events as it may.
 """
 
 import logging
@@ -26,27 +29,23 @@ from kafka.structs import OffsetAndMetadata
 from prometheus_client import start_http_server
 
 from services.core import logs
-from services.core.errors import RefluxError, UnavailableError
+from services.core.errors import DamagedFileError, RefluxError, UnavailableError
 from services.core.eventlog import (
     EventLog,
     epoch_of,
-    events_table,
-    items_table,
     kafka_offset,
 )
 from services.core.events import (
     EVENTS,
     ITEMS,
     Event,
-    dead_topic,
 )
 from services.core.features import FeatureStore
 from services.core.history import event_key
-from services.core.kafka import GROUP, Publisher, ensure_topics, make_consumer, resume_offsets
+from services.core.kafka import GROUP, ensure_topics, make_consumer, resume_offsets
 from services.core.settings import Settings
-from services.core.spans import Span, SpanFiles
+from services.ingest.flush import Flush
 from services.ingest.metrics import Metrics
-from services.ingest.offline import USER_HISTORY, user_history_table
 from services.ingest.online import Online, Poison
 from services.ingest.reading import Reading, Sorted, sort_out
 from services.ingest.rebuild import rebuild
@@ -72,17 +71,14 @@ class Worker(ConsumerRebalanceListener):
         self._settings = settings
         self._features = features
         self._logs = {topic: EventLog(settings.offline, topic) for topic in (EVENTS, ITEMS)}
-        self._publisher = Publisher(settings)
-        self._history = SpanFiles(
-            settings.offline, "user_history", prefix=EVENTS, schema=USER_HISTORY
-        )
         self._online = Online(features, self.metrics, history_events=settings.history_events)
+        self._flush = Flush(settings, self._logs, self._online, self.metrics)
         self._roll_up = RollUp(settings, features)
         self._stop = threading.Event()
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
-        self._flushed_s = self._checked_s = self._committed_s = time.monotonic()
+        self._checked_s = self._committed_s = time.monotonic()
         self._create_topics_at_s = 0.0
 
     def stop(self) -> None:
@@ -101,13 +97,13 @@ class Worker(ConsumerRebalanceListener):
             with ThreadPoolExecutor(1) as beside:
                 self._loop(consumer, beside)
             with self._lock:
-                commits = self._flush()
+                self._flush.attempt(self._reading)
             with suppress(KafkaError):  # informational; the log has it
-                consumer.commit(commits, timeout_ms=CLOSE_TIMEOUT_MS)
+                consumer.commit(self._commits(), timeout_ms=CLOSE_TIMEOUT_MS)
         finally:
             self._reading.clear()  # leaving calls on_partitions_revoked
             consumer.close(timeout_ms=CLOSE_TIMEOUT_MS)
-            self._publisher.close()
+            self._flush.close()
 
     def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
         """Nothing: `_resume` finds them, on the thread that may wait."""
@@ -119,12 +115,11 @@ class Worker(ConsumerRebalanceListener):
             self._release(revoked)
 
     def _release(self, partitions: Iterable[TopicPartition]) -> None:
-        try:
-            self._flush()
-        except UnavailableError as error:
-            logger.error("left to the partitions' next owner: %s", error)
+        self._flush.attempt(self._reading)  # what fails here is left to the partitions' next owner
         for partition in partitions:
             self._reading.pop(partition, None)
+            if partition.topic == EVENTS:
+                self._online.let_go(partition.partition)
 
     def _loop(self, consumer: KafkaConsumer, beside: ThreadPoolExecutor) -> None:
         roll_up: Future[float] | None = None
@@ -140,18 +135,21 @@ class Worker(ConsumerRebalanceListener):
                 roll_up = beside.submit(self._run_roll_up)
 
     def _step(self, consumer: KafkaConsumer) -> None:
-        polled = consumer.poll(timeout_ms=POLL_MS)
+        polled: Mapping[TopicPartition, Sequence[Any]] = {}
+        if self._flush.holds_enough(self._reading):
+            self._stop.wait(POLL_MS / 1000)
+        else:
+            polled = consumer.poll(timeout_ms=POLL_MS)
         commits: Commits = {}
         with self._lock:
             self._patiently(lambda: self._apply(polled))
-            if self._flush_is_due():
-                commits = self._patiently(self._flush)
+            grown = self._flush.is_due(self._reading) and self._flush.attempt(self._reading)
             if time.monotonic() - self._checked_s >= self._settings.log_flush_s:
                 self._patiently(self._notice_lost_store)
-            if time.monotonic() - self._committed_s >= COMMIT_AGAIN_S:
+            # Again and again: one that overtook another, or got lost, would show as lag for ever.
+            if grown or time.monotonic() - self._committed_s >= COMMIT_AGAIN_S:
                 self._committed_s = time.monotonic()
-                # A commit that overtook another, or got lost, would show as lag for ever.
-                commits = {p: _commit(reading.first) for p, reading in self._reading.items()}
+                commits = self._commits()
         if commits:
             consumer.commit_async(commits)
         self._look_at_ends(consumer)
@@ -200,38 +198,9 @@ class Worker(ConsumerRebalanceListener):
                         },
                     )
 
-    def _flush_is_due(self) -> bool:
-        pending = [reading for reading in self._reading.values() if reading.next > reading.first]
-        many = sum(len(r.rows) for r in pending) >= self._settings.log_flush_events
-        long = time.monotonic() - self._flushed_s >= self._settings.log_flush_s
-        return bool(pending) and (many or long)
-
-    def _flush(self) -> Commits:
-        """Dead letters, then the log, then the offline features; return what may be committed."""
-        pending = {p: r for p, r in self._reading.items() if r.next > r.first}
-        if not pending:
-            return {}
-        started_s = time.monotonic()
-        for partition, reading in pending.items():
-            self._publisher.publish(dead_topic(partition.topic), reading.dead)
-            self.metrics.dead.inc(len(reading.dead))
-            reading.dead = []
-        touched = self._online.take_touched()
-        for partition, reading in pending.items():
-            for wish in reading.forgotten:  # before the span that says it has been seen
-                self._logs[EVENTS].forget(wish)
-            reading.forgotten = []
-            span = Span(partition=reading.partition, first=reading.first, last=reading.next - 1)
-            table = events_table if partition.topic == EVENTS else items_table
-            self._logs[partition.topic].append(table(reading.rows), span)
-            if partition.topic == EVENTS:
-                users = [r for r in touched if r.partition == reading.partition]
-                if users:
-                    self._history.write(user_history_table(users), span)
-            reading.first, reading.rows = reading.next, []
-        self._flushed_s = time.monotonic()
-        self.metrics.flush.observe(self._flushed_s - started_s)
-        return {partition: _commit(reading.next) for partition, reading in pending.items()}
+    def _commits(self) -> Commits:
+        """What the log has, and only that, may be committed."""
+        return {p: _commit(reading.first) for p, reading in self._reading.items()}
 
     def _look_at_ends(self, consumer: KafkaConsumer) -> None:
         """Report the lag; let go of partitions whose log is shorter than what was read of it."""
@@ -275,13 +244,17 @@ class Worker(ConsumerRebalanceListener):
             these = {p: starts[p] for p, only in lost.items() if only == recent_only}
             if not these:
                 continue
-            rows = rebuild(
-                self._features,
-                self._logs[topic],
-                these,
-                history_events=self._settings.history_events,
-                recent_only=recent_only,
-            )
+            try:
+                rows = rebuild(
+                    self._features,
+                    self._logs[topic],
+                    these,
+                    history_events=self._settings.history_events,
+                    recent_only=recent_only,
+                )
+            except DamagedFileError as error:  # who comes from now on need not wait for a repair
+                rows = 0
+                logger.error("not online again until `reflux features rebuild`: %s", error)
             self._features.mark_filled(topic, these)
             self._roll_up.write_all()
             if rows:
@@ -295,8 +268,8 @@ class Worker(ConsumerRebalanceListener):
         self._checked_s = time.monotonic()
         for topic in (EVENTS, ITEMS):
             mine = {p.partition: p for p in self._reading if p.topic == topic}
-            lost = self._features.unfilled(topic, mine)
-            self._release(mine[number] for number in lost)
+            if lost := self._features.unfilled(topic, mine):
+                self._release([mine[number] for number in lost])
 
     def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> bool:
         """Go on from log offset `start`; False where the partition has just been revoked."""
@@ -329,24 +302,24 @@ class Worker(ConsumerRebalanceListener):
         started_s = time.monotonic()
         try:
             self._roll_up.run()
-        except UnavailableError as error:
+            self._forget()
+        except (UnavailableError, DamagedFileError, OSError) as error:
             logger.error("item popularity waits: %s", error)
-        self._forget()
         return time.monotonic() - started_s
 
     def _forget(self) -> None:
-        gone = self._logs[EVENTS].purge(self._history)
-        self._history.compact()
+        gone = self._logs[EVENTS].purge(self._flush.history)
+        self._flush.history.compact()
         if gone:
             self._features.purge()
             logger.info("%d rows of forgotten users are gone from the offline files", gone)
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
-        """Repeat until Kafka and Redis answer, or until `stop`."""
+        """Repeat until Kafka, Redis and the disk answer, or until `stop`."""
         while True:
             try:
                 return action()
-            except UnavailableError as error:
+            except (UnavailableError, OSError) as error:
                 logger.error("waiting: %s", error)
                 if self._stop.wait(RETRY_S):
                     raise

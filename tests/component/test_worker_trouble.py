@@ -1,5 +1,6 @@
 """Poison, dead letters, users to be forgotten, and an online store that lost everything."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from services.core.eventlog import EventLog
 from services.core.events import ITEMS, Item, encode
 from services.core.features import FeatureStore
 from services.core.history import UserHistory
-from services.core.kafka import Publisher
+from services.core.kafka import Publisher, lag
 from services.core.settings import Settings
+from services.ingest import worker as worker_module
 from services.ingest.dead import dead_letters, replay
 from services.local import processes
 from tests.component.test_gateway import served
@@ -81,26 +83,62 @@ def test_a_forgotten_user_is_nowhere_on_disk(
 ) -> None:
     settings, _ = alone
     features = FeatureStore(settings)
-    users = ["trouble-stays", "trouble-forgotten"]
+    users = ["trouble", "trouble\n"]  # which differ in no URL that is read carelessly
     keyed = settings.model_copy(update={"log_flush_s": 0.05})
     with working(keyed, features), served(keyed) as gateway:
         for n in range(30):  # several files, merged and not yet removed ones among them
             publish(keyed, [event(n, user=user) for user in users])
             time.sleep(0.06)
         wait_for(lambda: has_caught_up(keyed))
-        assert found_on_disk(tmp_path, "trouble-forgotten")
-        assert gateway.delete("/v1/users/trouble-forgotten").status_code == 202
+        assert found_on_disk(tmp_path, users[1])
+        assert gateway.delete("/v1/users/trouble%0A").status_code == 202
         wait_for(lambda: features.read_users(users[1:])[0].n_events == 0)
         wait_for(lambda: has_caught_up(keyed))
-        wait_for(lambda: not found_on_disk(tmp_path, "trouble-forgotten"), timeout_s=120)
+        wait_for(lambda: not found_on_disk(tmp_path, users[1]), timeout_s=120)
         log = EventLog(keyed.offline).read()
-        assert set(log["user_id"].to_pylist()) == {"trouble-stays"} and len(log) == 30
+        assert set(log["user_id"].to_pylist()) == {users[0]} and len(log) == 30
         assert features.read_users(users)[0].n_events == 30
 
-        publish(keyed, [event(99, user="trouble-forgotten")])  # a new user of that name
+        publish(keyed, [event(99, user=users[1])])  # a new user of that name
         wait_for(lambda: features.read_users(users[1:])[0].n_events == 1)
         wait_for(lambda: has_caught_up(keyed))
     assert [comparable(row) for row in features.read_users(users)] == from_log(keyed, users)
+
+
+def test_a_log_that_cannot_be_written_is_tried_again_and_features_stay_fresh(
+    own: Settings,  # noqa: F811
+) -> None:
+    user = "trouble-disk"
+    settings = own.model_copy(update={"log_flush_s": 0.1})
+    features = FeatureStore(settings)
+    offline, aside = Path(settings.offline), Path(f"{settings.offline}-aside")
+    with working(settings, features) as worker:
+        publish(settings, [event(0, user=user)])
+        wait_for(lambda: has_caught_up(settings))
+        offline.rename(aside)
+        offline.touch()  # no folder: whatever is written there fails
+        publish(settings, [event(n, user=user) for n in range(1, 20)])
+        wait_for(lambda: features.read_users([user])[0].n_events == 20)
+        wait_for(lambda: worker.metrics.flush_failures._value.get() >= 1)
+        assert sum(lag(settings).values()) == 19
+        offline.unlink()
+        aside.rename(offline)
+        wait_for(lambda: has_caught_up(settings))
+    assert [comparable(features.read_users([user])[0])] == from_log(settings, [user])
+    history = pq.read_table(offline / "user_history")
+    assert max(history["n_events"].to_pylist()) == 20
+
+
+def test_looking_for_a_lost_store_loses_no_commit(
+    own: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "COMMIT_AGAIN_S", 3600.0)
+    settings = own.model_copy(update={"log_flush_s": 0.5})
+    with working(settings, FeatureStore(settings)):
+        for n in range(4):
+            publish(settings, [event(n, user="trouble-commit")])
+            wait_for(lambda: has_caught_up(settings))
 
 
 def test_whoever_reads_the_log_meets_no_forgotten_user_even_before_it_is_purged(
@@ -130,7 +168,9 @@ def found_on_disk(folder: Path, text: str) -> list[Path]:
     found = []
     for path in folder.rglob("*"):
         try:
-            if path.is_file() and (text.encode() in path.read_bytes() or _in_table(path, text)):
+            raw = path.read_bytes() if path.is_file() else b""
+            written = (text.encode(), json.dumps(text)[1:-1].encode())
+            if any(text in raw for text in written) or _in_table(path, text):
                 found.append(path)
         except FileNotFoundError:  # compacted meanwhile
             continue

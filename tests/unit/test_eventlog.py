@@ -1,5 +1,6 @@
 """The offline log, whatever crashed, overlapped or was compacted."""
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from services.core import spans as span_files
+from services.core.errors import DamagedFileError
 from services.core.eventlog import (
     EPOCH_SPAN,
     Arrived,
@@ -118,21 +121,39 @@ def test_a_crash_between_write_and_move_leaves_nothing_to_see(
     log = EventLog(str(tmp_path))
     append(log, 0, 0, 9)
 
-    write_table = pq.write_table
-
-    def die_afterwards(*args: object, **options: object) -> None:
-        write_table(*args, **options)
+    def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as crash, pytest.raises(KeyboardInterrupt):
-        crash.setattr(pq, "write_table", die_afterwards)
+        crash.setattr(span_files, "settle", die)
         append(log, 0, 10, 19)
-    assert len(list((tmp_path / "events").iterdir())) == 2  # the leftover is there, unseen
+    assert len(list((tmp_path / "events").iterdir())) == 1  # half a file would fill a full disk
+    (tmp_path / "events" / ".0123").touch()  # what a process leaves that had no time to tidy up
     assert log.end() == {0: 10}
     assert keys(log.read()) == expected({0: 10})
     append(log, 0, 10, 24)
     assert log.end() == {0: 25}
     assert keys(log.read()) == expected({0: 25})
+
+
+def test_whatever_byte_changes_nobody_reads_it_as_data(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path))
+    append(log, 0, 0, 199)
+    whole = log.read()
+    (path,) = (tmp_path / "events").iterdir()
+    assert pq.read_table(path).num_rows == len(whole)  # a Parquet file for everybody else, too
+    written = path.read_bytes()
+    n_bytes = len(written)
+    damaged = [written[:cut] for cut in (0, 3, 11, n_bytes // 2, n_bytes - 1)]
+    for at in [*range(0, n_bytes, 13), *range(n_bytes - 24, n_bytes)]:
+        flipped = written[at] ^ 1 << at % 8
+        damaged.append(written[:at] + bytes([flipped]) + written[at + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=re.escape(str(path))):
+            log.read(since={0: 50})
+    path.write_bytes(written)
+    assert log.read().equals(whole)
 
 
 def test_compaction_leaves_few_files_and_time_to_read_the_old_ones(tmp_path: Path) -> None:
