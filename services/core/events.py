@@ -11,7 +11,16 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from services.core.errors import InvalidEventError
 
@@ -19,9 +28,20 @@ EVENTS: Final = "events"
 ITEMS: Final = "items"
 SCHEMA_VERSION: Final = 1
 MAX_TIMESTAMP_MS: Final = 4_102_444_800_000  # 2100-01-01: catches micro- and nanoseconds
+MAX_DEAD_BYTES: Final = 700_000  # in base64 a third more; a record has at most a million
+MAX_REASON_CHARS: Final = 1_000
+
+
+def _is_number(value: object) -> object:
+    if isinstance(value, bool | str):  # pydantic would take true for 1, and "5" for 5
+        raise PydanticCustomError("number_type", "must be a JSON number")
+    return value
+
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-_USER_ID: Final[TypeAdapter[str]] = TypeAdapter(Id)
+Whole = Annotated[int, BeforeValidator(_is_number)]
+Real = Annotated[float, BeforeValidator(_is_number)]
+_ID: Final[TypeAdapter[str]] = TypeAdapter(Id)
 
 
 class EventType(StrEnum):
@@ -46,10 +66,10 @@ class Event(_Contract):
     user_id: Id
     item_id: Id = Field(description="of an impression: the first item shown; all: context.items")
     type: EventType
-    timestamp: int = Field(ge=0, le=MAX_TIMESTAMP_MS, description="event time, UTC milliseconds")
-    value: float | None = Field(None, description="rating, price, ...")
+    timestamp: Whole = Field(ge=0, le=MAX_TIMESTAMP_MS, description="event time, UTC milliseconds")
+    value: Real | None = Field(None, description="rating, price, ...")
     context: dict[str, Any] | None = None
-    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    schema_version: Whole = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
 
     @property
     def is_interaction(self) -> bool:
@@ -66,9 +86,9 @@ class Item(_Contract):
         default_factory=list, max_length=64
     )
     text: str | None = Field(None, max_length=65_536)
-    vector: list[float] | None = Field(None, max_length=4096)
-    timestamp: int = Field(0, ge=0, le=MAX_TIMESTAMP_MS, description="of this metadata, ms")
-    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    vector: list[Real] | None = Field(None, max_length=4096)
+    timestamp: Whole = Field(0, ge=0, le=MAX_TIMESTAMP_MS, description="of this metadata, ms")
+    schema_version: Whole = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
 
 
 def dead_topic(topic: str) -> str:
@@ -95,14 +115,18 @@ def decode_item(raw: bytes) -> Item:
     return _decode(Item, raw)
 
 
+def decode_id(raw: bytes, *, field: str) -> str:
+    """An id that doesn't stand in JSON. Any characters will do, line ends and slashes too."""
+    try:
+        return _ID.validate_python(raw.decode())
+    except (ValidationError, UnicodeDecodeError):
+        fix = "must be an id: 1 to 256 characters in UTF-8"
+        raise InvalidEventError(field=field, value=raw[:256], fix=fix) from None
+
+
 def decode_user_id(key: bytes) -> str:
     """The user whom a record with this key and no value wishes to be forgotten."""
-    try:
-        return _USER_ID.validate_python(key.decode())
-    except (ValidationError, UnicodeDecodeError):
-        raise InvalidEventError(
-            field="key", value=key[:256], fix="must be a user id in UTF-8 where there is no value"
-        ) from None
+    return decode_id(key, field="key")
 
 
 def check_not_future(event: Event, *, arrival_ms: int, max_future_s: float) -> None:
@@ -132,13 +156,17 @@ def invalid(error: ValidationError) -> InvalidEventError:
 
 
 def dead_letter(raw: bytes, *, reason: str, topic: str, partition: int, offset: int) -> bytes:
-    """The JSON that `<topic>.dead` carries: why, where from, and the original bytes (base64)."""
+    """The JSON that `<topic>.dead` carries: why, where from, and the original bytes (base64).
+
+    It fits into a record whatever came: of `raw`, `cut_bytes` may be missing at the end.
+    """
     letter = {
-        "reason": reason,
+        "reason": reason[:MAX_REASON_CHARS],
         "topic": topic,
         "partition": partition,
         "offset": offset,
-        "raw": base64.b64encode(raw).decode(),
+        "raw": base64.b64encode(raw[:MAX_DEAD_BYTES]).decode(),
+        "cut_bytes": max(0, len(raw) - MAX_DEAD_BYTES),
     }
     return json.dumps(letter).encode()
 

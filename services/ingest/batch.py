@@ -1,5 +1,6 @@
 """From the body of a request to records for Kafka, and a reason for each that is none. Pure."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -94,5 +95,12 @@ def rejection(index: int, error: InvalidEventError) -> Rejected:
 
 
 def _shown(value: object) -> object:
+    """The value where it is short and JSON can say it (NaN and bytes it can't), else its text."""
     text = str(value)
-    return value if len(text) <= SHOWN_VALUE_CHARS else text[:SHOWN_VALUE_CHARS] + "..."
+    if len(text) > SHOWN_VALUE_CHARS:
+        return text[:SHOWN_VALUE_CHARS] + "..."
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return text
+    return value

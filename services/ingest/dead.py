@@ -28,6 +28,7 @@ class Dead:
     reason: str
     key: bytes
     raw: bytes
+    cut_bytes: int  # of a huge record, missing at the end of `raw`
     at_ms: int
     position: int  # in the dead-letter topic
 
@@ -40,7 +41,8 @@ def dead_letters(settings: Settings) -> list[Dead]:
 def replay(settings: Settings) -> int:
     """Send each to the topic that it came from, once more; how many.
 
-    What is still refused comes back as a new dead letter.
+    What is still refused comes back as a new dead letter. One that was cut is not sent: what is
+    left of it is no record.
     """
     publisher = Publisher(settings)
     sent = 0
@@ -48,9 +50,10 @@ def replay(settings: Settings) -> int:
         for topic in (EVENTS, ITEMS):
             letters = list(_of(settings, topic))
             if letters:
-                publisher.publish(topic, [(letter.key, letter.raw) for letter in letters])
+                whole = [letter for letter in letters if not letter.cut_bytes]
+                publisher.publish(topic, [(letter.key, letter.raw) for letter in whole])
                 _commit(settings, topic, letters[-1].position + 1)
-                sent += len(letters)
+                sent += len(whole)
     finally:
         publisher.close()
     return sent
@@ -100,6 +103,7 @@ def _decode(record: Any) -> Dead:
         reason=letter["reason"],
         key=record.key or b"",
         raw=base64.b64decode(letter["raw"]),
+        cut_bytes=letter.get("cut_bytes", 0),
         at_ms=record.timestamp,
         position=record.offset,
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
 
 import orjson
 import uvicorn
@@ -30,6 +31,7 @@ from prometheus_client import (
 )
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from services.core import logs
 from services.core.access import Role
@@ -40,7 +42,7 @@ from services.core.errors import (
     InvalidEventError,
     UnavailableError,
 )
-from services.core.events import EVENTS, ITEMS, Event, Item, decode_user_id
+from services.core.events import EVENTS, ITEMS, Event, Item, decode_id
 from services.core.history import event_key
 from services.core.kafka import Publisher, topic_id
 from services.core.settings import Settings
@@ -108,6 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await run_in_threadpool(publisher.close)
 
+    register_url_convertor("anything", _Anything())
     app = FastAPI(title="Reflux: events", version="1", lifespan=lifespan)
 
     def let_in(request: Request, role: Role) -> None:
@@ -177,16 +180,17 @@ def create_app(settings: Settings) -> FastAPI:
         """Take metadata of items, in the same forms as events; the latest one of an item holds."""
         return await accept(request, ITEMS, metrics.items, items)
 
-    @app.put("/v1/items/{item_id:path}", status_code=202, **_documented("Item", ITEM_EXAMPLE))
+    @app.put("/v1/items/{item_id:anything}", status_code=202, **_documented("Item", ITEM_EXAMPLE))
     async def put_item(item_id: str, request: Request) -> Response:
         """Take one item's metadata; `item_id` may be left out of the body."""
 
         def item(body: bytes, _: str) -> Batch:
-            return items(_with_item_id(body, item_id), "application/json")
+            exact = _id_after("/v1/items/", request, field="item_id")
+            return items(_with_item_id(body, exact), "application/json")
 
         return await accept(request, ITEMS, metrics.items, item)
 
-    @app.delete("/v1/users/{user_id:path}", status_code=202, response_model=Answer)
+    @app.delete("/v1/users/{user_id:anything}", status_code=202, response_model=Answer)
     async def delete_user(user_id: str, request: Request) -> Response:
         """Forget a user: features, logged events, replay buffer and checkpoints, within a minute
         or two (role: operate). What comes after this request is a new user's.
@@ -194,7 +198,7 @@ def create_app(settings: Settings) -> FastAPI:
         Kafka itself keeps the user's records until its retention ends.
         """
         let_in(request, "operate")
-        key = decode_user_id(user_id.encode())
+        key = _id_after("/v1/users/", request, field="user_id")
 
         def work() -> None:
             publisher.publish(EVENTS, [(key.encode(), None)])
@@ -247,6 +251,19 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+class _Anything(StringConvertor):
+    """An id in a path. Starlette's `path` stops at a line end, and a last one it drops: a wish to
+    forget "ann\\n" forgot ann."""
+
+    regex = r"[\s\S]*"
+
+
+def _id_after(prefix: str, request: Request, *, field: str) -> str:
+    """The id that the path ends with, from its bytes: what is no UTF-8 is nobody's id."""
+    raw: bytes = request.scope["raw_path"]
+    return decode_id(unquote_to_bytes(raw.partition(prefix.encode())[2]), field=field)
 
 
 def _with_item_id(body: bytes, item_id: str) -> bytes:

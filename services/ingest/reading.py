@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from services.core.errors import InvalidEventError
 from services.core.eventlog import EPOCH_SPAN, Arrived, epoch_of
@@ -17,6 +17,7 @@ from services.core.events import (
 )
 from services.core.forgetting import Tombstone
 
+MAX_KEY_BYTES: Final = 1024  # what an id has at most
 DeadLetters: TypeAlias = list[tuple[bytes, bytes]]  # key, value
 
 
@@ -105,4 +106,4 @@ def _letter(topic: str, record: Any, reason: str) -> tuple[bytes, bytes]:
         partition=record.partition,
         offset=record.offset,
     )
-    return record.key or b"", letter
+    return (record.key or b"")[:MAX_KEY_BYTES], letter

@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import InvalidEventError
-from services.core.events import Event, EventType, Item, decode_event, decode_item, encode
+from services.core.events import (
+    EVENTS,
+    Event,
+    EventType,
+    Item,
+    dead_letter,
+    decode_event,
+    decode_item,
+    encode,
+)
+from services.core.kafka import MAX_RECORD_BYTES
 
 NOW_MS = 1_750_000_000_000
 
@@ -56,6 +66,9 @@ def test_any_bytes_are_an_event_or_a_clear_error(data: bytes) -> None:
         ({"timestamp": NOW_MS * 1000}, "timestamp", "less than or equal"),
         ({"timestamp": NOW_MS + 301_000}, "timestamp", "after arrival"),
         ({"value": "five"}, "value", "number"),
+        ({"value": True}, "value", "number"),
+        ({"timestamp": "5"}, "timestamp", "number"),
+        ({"schema_version": True}, "schema_version", "number"),
         ({"colour": "red"}, "colour", "context"),
         ({"schema_version": 2}, "schema_version", "less than or equal to 1"),
     ],
@@ -81,3 +94,11 @@ def test_items_travel_the_same_way() -> None:
 
 def _event(kind: EventType) -> Event:
     return Event(event_id="e", user_id="u", item_id="i", type=kind, timestamp=0)
+
+
+def test_a_dead_letter_fits_into_a_record_whatever_died() -> None:
+    letter = dead_letter(
+        b"\xff" * 1_048_000, reason="x" * 10**6, topic=EVENTS, partition=0, offset=5
+    )
+    assert len(letter) < MAX_RECORD_BYTES
+    assert json.loads(letter)["cut_bytes"] == 348_000
