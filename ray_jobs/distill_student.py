@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     config = recipe.distill
     TorchTrainer(
         train_loop,
-        train_loop_config={"settings": settings.environment(), "recipe": recipe.name},
+        train_loop_config={"settings": settings.environment(secrets=False), "recipe": recipe.name},
         torch_config=RendezvousConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,

@@ -109,8 +109,14 @@ def doctor() -> None:
 
 @app.command()
 def env() -> None:
-    """The settings as a Ray runtime environment, for `ray job submit --runtime-env-json`."""
-    print(json.dumps({"env_vars": _settings().environment()}))
+    """The settings as a Ray runtime environment, for `ray job submit --runtime-env-json`.
+
+    Without passwords and keys: Ray's dashboard shows a job's variables. Nodes must have them.
+    """
+    settings = _settings()
+    if left_out := ", ".join(settings.secrets):
+        print(f"left out, to be set in the nodes' environment: {left_out}", file=sys.stderr)
+    print(json.dumps({"env_vars": settings.environment(secrets=False)}))
 
 
 @app.command()

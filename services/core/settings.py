@@ -182,17 +182,26 @@ class Settings(BaseSettings):
         return Keys.parse(self.api_keys.get_secret_value())
 
     @property
+    def secrets(self) -> dict[str, str]:
+        """Those passwords and keys that are set, by the variables that carry them."""
+        public = self.environment(secrets=False)
+        return {k: v for k, v in self.environment().items() if v and k not in public}
+
+    @property
     def logs(self) -> Path:
         return self.home.absolute() / "logs"
 
-    def environment(self, *, elsewhere: bool = False) -> dict[str, str]:
+    def environment(self, *, elsewhere: bool = False, secrets: bool = True) -> dict[str, str]:
         """These settings as environment variables, for the processes and Ray jobs we start.
 
-        Secrets are in it, in the clear. `elsewhere`: for a cluster that has settings of its own.
-        Only what somebody set, no defaults that would hide the cluster's, and no `home`, which is
-        a folder of this machine.
+        `secrets`: passwords and keys too, in the clear. Not for what Ray is told: its dashboard
+        shows a job's variables to whoever looks; its nodes' own environment has the secrets.
+        `elsewhere`: for a cluster that has settings of its own. Only what somebody set, no
+        defaults that would hide the cluster's, and no `home`, which is a folder of this machine.
         """
         values = self.model_dump(exclude_unset=elsewhere)
+        if not secrets:
+            values = {k: v for k, v in values.items() if not isinstance(v, SecretStr)}
         if elsewhere:
             values.pop("home", None)
         else:

@@ -80,7 +80,7 @@ class Jobs:
         # An embedded Ray runs our own interpreter, with this code importable; elsewhere the code
         # travels along and the cluster's `python` runs it.
         python = sys.executable if self._embedded else "python"
-        env_vars = self.settings.environment(elsewhere=self._elsewhere)
+        env_vars = self.settings.environment(elsewhere=self._elsewhere, secrets=False)
         runtime_env: dict[str, Any] = {"env_vars": env_vars}
         if not self._embedded:
             runtime_env["working_dir"] = str(Path(__file__).parents[2])

@@ -105,6 +105,7 @@ class Stack:
             addresses["student_metrics_port"] = processes.free_port(settings.student_metrics_port)
             addresses["ray_address"] = f"http://{processes.LOOPBACK}:{port}"
             env = proxy_environment(settings, scratch=processes.ray_scratch(port))
+            env |= settings.secrets  # its jobs' variables, which its dashboard shows, have none
             self._spawn(processes.ray_head(dashboard_port=port, cpus=settings.ray_cpus, env=env))
         addresses["gateway_port"] = usual_port("gateway", settings.gateway_port)
         addresses["gateway_url"] = f"http://{settings.host}:{addresses['gateway_port']}"

@@ -60,7 +60,7 @@ def config(settings: Settings) -> dict[str, Any]:
     application = found["applications"][0]
     application["deployments"][0]["num_replicas"] = settings.replicas
     application["runtime_env"]["env_vars"] |= {
-        **settings.environment(),
+        **settings.environment(secrets=False),  # Serve's dashboard shows it
         "PROMETHEUS_MULTIPROC_DIR": str(_metrics_directory(settings)),
     }
     return found

@@ -5,6 +5,7 @@ import pytest
 
 from services.core.errors import SettingsError
 from services.core.settings import Settings
+from services.recommend.deploy import config
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,20 @@ def test_what_a_child_process_gets_is_what_we_have(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     again = Settings.load()
     assert again == settings.model_copy(update={"home": Path("here").absolute()})
+
+
+def test_secrets_are_not_told_to_ray() -> None:
+    settings = Settings.load(api_keys="produce:kkkkkkkkkkkkkkkk", redis_password="word")
+    for told in (
+        settings.environment(secrets=False),
+        settings.environment(elsewhere=True, secrets=False),
+        config(settings)["applications"][0]["runtime_env"]["env_vars"],
+    ):
+        assert not any(secret in str(told) for secret in ("kkkkkkkkkkkkkkkk", "word"))
+    assert settings.secrets == {
+        "REFLUX_API_KEYS": "produce:kkkkkkkkkkkkkkkk",
+        "REFLUX_REDIS_PASSWORD": "word",
+    }
 
 
 def test_a_cluster_with_settings_of_its_own_gets_only_what_is_set(
