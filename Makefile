@@ -1,8 +1,9 @@
-# Everything happens in .venv; nothing but Python 3.11, pip and make is expected.
+# Everything happens in .venv; nothing but Python 3.11, pip and make is expected, and
+# for `make test` a Chromium, or apt to get one.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install chromium clean
 
 install: .venv/.installed
 
@@ -16,8 +17,15 @@ install: .venv/.installed
 demo: install
 	$(BIN)/reflux demo $(ARGS)
 
-test: check
+test: check chromium
 	$(BIN)/pytest
+
+# The page is tested in a real browser: any Chromium on PATH, else Debian's.
+chromium:
+	@command -v chromium chromium-browser google-chrome google-chrome-stable > /dev/null \
+	  || { sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+	       $$sudo apt-get update -qq \
+	       && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -yqq --no-install-recommends chromium; }
 
 check: install
 	$(BIN)/ruff check .

@@ -250,17 +250,19 @@ class Distiller:
                 self._account(pending, None if labels is None else labels.ranks, stale)
             weights_N = torch.full((len(pending.batch),), config.replay_weight)
             weights_N[: pending.n_new] = 1.0
+            trust = self._trust()
             with self.telemetry.step.time():
-                learn(
+                terms = learn(
                     state.student,
                     state.optimizer,
                     pending.batch,
                     labels,
                     config=config,
                     weights_N=weights_N,
-                    trust=self._trust(),
+                    trust=trust,
                     peers=self._peers,
                 )
+            self.telemetry.stepped(terms, trust=trust)
             state.counters.steps += 1
             state.counters.events_learned += pending.n_new
             self.telemetry.learned.inc(pending.n_new)

@@ -187,6 +187,7 @@ class Publisher:
                     "arrivals_ms": self._arrived(),
                     "events_learned": counters.events_learned,
                     "learning_rate": counters.learning_rate,
+                    "items": len(state.catalog) - 1,
                 },
             )
         if verdict.promoted:

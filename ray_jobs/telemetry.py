@@ -40,6 +40,12 @@ class Telemetry:
         self.teacher = Gauge(
             "reflux_teacher_version", "The teacher that teaches; 0: none yet", registry=own
         )
+        self.loss = Gauge(
+            "reflux_student_loss", "Terms of the newest micro-batch's loss", ["term"], registry=own
+        )
+        self.trust = Gauge(
+            "reflux_teacher_trust", "What the teacher's labels count for, 0..1", registry=own
+        )
         self.ndcg = Gauge(
             "reflux_prequential_ndcg",
             "NDCG@10 over all workers, each event predicted before it was learned: since the last "
@@ -54,6 +60,12 @@ class Telemetry:
             start_http_server(port, host, registry=self.registry)
         except OSError as error:
             logger.error("no metrics: REFLUX_STUDENT_METRICS_PORT=%d: %s", port, error)
+
+    def stepped(self, terms: Mapping[str, float], *, trust: float) -> None:
+        """A micro-batch was learned; a term that is switched off is not there."""
+        for term, value in terms.items():
+            self.loss.labels(term).set(value)
+        self.trust.set(trust)
 
     def judged(self, verdict: Verdict, *, version: int, metrics: Mapping[str, float]) -> None:
         """A version was published, with these metrics in its manifest."""

@@ -66,6 +66,7 @@ def up(
     addresses = daemon.start(settings, report=_say)
     print(f"\nevents   POST {addresses['gateway_url']}/v1/events")
     print(f"answers  POST {addresses['recommend_url']}/v1/recommendations")
+    print(f"console       {addresses['console_url']}")
     print(f"API docs      {addresses['gateway_url']}/docs  {addresses['recommend_url']}/docs")
     print(f"Ray           {addresses['ray_address']}")
     print(
@@ -86,13 +87,14 @@ def down() -> None:
 @app.command()
 def status(as_json: JsonOption = False) -> None:
     """Rates, lag, freshness, versions and prequential quality."""
-    from services.local.observe import Observer, render_status
+    from services.local.status import render_status
+    from services.local.status import status as look
 
-    snapshot = Observer(_settings()).look()
+    found = look(_settings())
     if as_json:
-        print(json.dumps(snapshot.to_dict(), indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        render_status(snapshot)
+        render_status(found)
 
 
 @app.command()
@@ -367,8 +369,8 @@ def _settings(**overrides: Any) -> "Settings":
 
 
 def _jobs(address: str = "") -> "Jobs":
+    from services.core.stackfile import read_stack
     from services.local.jobs import Jobs
-    from services.local.stack import read_stack
 
     settings = _settings(**({"ray_address": address.rstrip("/")} if address else {}))
     stack = read_stack(settings)

@@ -42,8 +42,14 @@ class Keys:
 
     def check(self, authorization: str | None, role: Role) -> None:
         """Raise `UnauthorizedError` or `ForbiddenError` unless the header's key opens `role`."""
+        if role not in self.roles(authorization):
+            raise ForbiddenError(f"this key doesn't have the role {role!r}")
+
+    def roles(self, authorization: str | None) -> frozenset[Role]:
+        """What the header's key opens; everything where there are no keys. Raises
+        `UnauthorizedError` for a key that nobody gave out."""
         if not self.roles_of:
-            return
+            return frozenset(get_args(Role))
         scheme, _, given = (authorization or "").partition(" ")
         found: frozenset[Role] | None = None
         for key, roles in self.roles_of.items():  # all of them: time tells nothing about any
@@ -51,8 +57,7 @@ class Keys:
                 found = roles
         if found is None or scheme.lower() != "bearer":
             raise UnauthorizedError("send `Authorization: Bearer KEY` with a key of this Reflux")
-        if role not in found:
-            raise ForbiddenError(f"this key doesn't have the role {role!r}")
+        return found
 
     def header(self, role: Role) -> dict[str, str]:
         """What our own clients send to be let in; empty where no key is needed."""

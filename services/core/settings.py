@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     checkpoint_uri: str = Field("", description="training checkpoints; default <home>/checkpoints")
     gateway_url: str = Field("", description="where events are posted; set by `reflux up`")
     recommend_url: str = Field("", description="where answers are served; set by `reflux up`")
+    console_url: str = Field("", description="where the page is; set by `reflux up`")
+    metrics_urls: str = Field(
+        "",
+        description="http://host:port[,...] whose /metrics the console reads, every address of a "
+        "name; empty: the one-machine stack's",
+    )
 
     # Who is let in, and how others let us in.
     api_keys: SecretStr = Field(
@@ -61,9 +67,10 @@ class Settings(BaseSettings):
     redis_password: SecretStr = SecretStr("")
 
     # What the one-machine stack binds. 0: any free port.
-    host: str = Field("127.0.0.1", description="address that gateway and answers bind")
+    host: str = Field("127.0.0.1", description="address that gateway, answers and console bind")
     gateway_port: int = Field(0, ge=0, le=65535)
     recommend_port: int = Field(0, ge=0, le=65535)
+    console_port: int = Field(0, ge=0, le=65535)
     ray_dashboard_port: int = Field(0, ge=0, le=65535)
     kafka_port: int = Field(0, ge=0, le=65535, description="of the embedded broker")
     redis_port: int = Field(0, ge=0, le=65535, description="of the embedded Redis")

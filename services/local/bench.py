@@ -57,3 +57,20 @@ def chaos(
     render(outcomes, promises)
     if not all(promise.kept for promise in promises):
         sys.exit(1)
+
+
+@app.command()
+def console(
+    pages: Annotated[int, typer.Option(help="open at once", min=1)] = 20,
+    seconds: Annotated[float, typer.Option(help="of each phase", min=1.0)] = 30.0,
+    rate: Annotated[float, typer.Option(help="answers per second", min=1.0)] = 50.0,
+    turns: Annotated[int, typer.Option(help="of both phases", min=1)] = 3,
+) -> None:
+    """What the console's page costs a running stack: its CPU, and what answers take beside it."""
+    from services.core.settings import Settings
+    from services.local import page_cost
+
+    settings = Settings.load()
+    page_cost.render(
+        page_cost.measure(settings, pages=pages, seconds=seconds, rate=rate, turns=turns)
+    )

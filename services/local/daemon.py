@@ -7,7 +7,8 @@ from typing import Any
 
 from services.core.errors import UnavailableError
 from services.core.settings import Settings
-from services.local.stack import Report, read_stack, refuse_second_stack
+from services.core.stackfile import read_stack
+from services.local.stack import Report, refuse_second_stack
 
 TIMEOUT_S = 300.0
 

@@ -28,6 +28,7 @@ from rich.progress import (
 
 from ray_jobs import recipes
 from ray_jobs.datasets import InteractionLog, load
+from services.console.observe import Observer, Snapshot
 from services.core.errors import RefluxError, UnavailableError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind
@@ -38,7 +39,6 @@ from services.local.asker import Asker
 from services.local.client import Client
 from services.local.jobs import Jobs
 from services.local.learning import LearningJobs
-from services.local.observe import Observer, Snapshot
 from services.local.replay import event_lines, paced, produce_history, send_batch, send_items
 from services.local.stack import Stack
 
@@ -169,7 +169,7 @@ class Demo:
             highlight=False,
         )
         say(f"events  {settings.gateway_url}/v1/events (API: /docs)   Ray {settings.ray_address}")
-        say(f"logs    {settings.logs}\n")
+        say(f"page    {settings.console_url}   logs {settings.logs}\n")
 
     def _live(self, log: InteractionLog, stack: Stack, jobs: Jobs) -> None:
         """Replay the second half through the gateway, and watch."""

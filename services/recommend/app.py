@@ -12,13 +12,14 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
-from services.core.errors import AccessError, ForbiddenError
+from services.core.errors import AccessError, ForbiddenError, UnavailableError
 from services.core.settings import Settings
 from services.recommend.schema import (
     MAX_BODY_BYTES,
     Problems,
     RecommendAnswer,
     RecommendRequest,
+    UserAnswer,
     problem,
     problems,
 )
@@ -26,6 +27,8 @@ from services.recommend.service import NoModelError, Recommender
 
 RETRY_AFTER_S: Final = 1
 PATH: Final = "/v1/recommendations"
+USERS_PATH: Final = "/v1/users/{user_id:path}"
+MAX_EVENTS: Final = 4096  # of one history
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     401: {"model": Problems, "description": "no API key, or an unknown one"},
     403: {"model": Problems, "description": "the API key lacks the role"},
@@ -33,6 +36,8 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     422: {"model": Problems, "description": "what is wrong, field by field, and the fix"},
     503: {"model": Problems, "description": "no model yet; try again after Retry-After"},
 }
+
+USER_ERRORS: Final = {**ERRORS, 503: {"model": Problems, "description": "Redis doesn't answer"}}
 
 
 class DirectRoute(APIRoute):
@@ -101,6 +106,21 @@ def create_app(settings: Settings) -> FastAPI:
     ) -> Response:
         keys.check(http.headers.get("authorization"), "recommend")
         return await answer(request, time.perf_counter())
+
+    @app.get(
+        USERS_PATH,
+        response_model=UserAnswer,
+        responses=USER_ERRORS,
+        summary="What answers to a user go by: the latest interactions",
+    )
+    async def user(
+        http: Request, user_id: str, n: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 50
+    ) -> Response:
+        keys.check(http.headers.get("authorization"), "recommend")
+        try:
+            return _json(200, await recommender.user(user_id, n=n))
+        except UnavailableError as error:
+            return _refusal(503, problem(str(error)))
 
     async def answer(request: RecommendRequest, began_s: float) -> Response:
         try:

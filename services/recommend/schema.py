@@ -70,6 +70,23 @@ class RecommendAnswer(BaseModel):
     )
 
 
+class UserEvent(BaseModel):
+    item_id: str
+    type: str
+    timestamp: int = Field(description="event time, UTC milliseconds")
+    value: float | None = None
+    title: str | None = None
+    categories: list[str] | None = None
+
+
+class UserAnswer(BaseModel):
+    """What answers to this user go by."""
+
+    user_id: str
+    n_events: int = Field(description="interactions so far")
+    events: list[UserEvent] = Field(description="the latest interactions, newest first")
+
+
 class Problem(BaseModel):
     """One thing that is wrong with a request, and how to put it right."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from services.core.catalog import Catalog
 from services.core.errors import UnavailableError
 from services.core.features import FeatureStore, UserHistory
 from services.core.kafka import Publisher
@@ -18,6 +19,7 @@ from services.recommend.histories import Histories
 from services.recommend.impressions import Impressions, Shown
 from services.recommend.live import LiveModel
 from services.recommend.schema import RecommendRequest
+from services.recommend.shown import ShownItems
 from services.recommend.telemetry import NodeMetrics, Telemetry
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Recommender:
             Registry(settings.registry), poll_s=settings.serving_poll_s, telemetry=self.telemetry
         )
         self._impressions = Impressions(Publisher(settings), self.telemetry)
+        self._shown = ShownItems(self.telemetry)
         self._histories: Histories | None = None
         port = settings.answers_metrics_port
         self._metrics = NodeMetrics(self.telemetry, host=settings.host, port=port) if port else None
@@ -84,6 +87,7 @@ class Recommender:
 
         request_id = uuid.uuid4().hex
         item_ids = model.catalog.ids(ranking.rows)
+        self._shown.add(model, ranking.rows)
         age_s = None
         if history and history.updated_ms:
             age_s = max(0, now_ms - history.updated_ms) / 1000
@@ -124,6 +128,26 @@ class Recommender:
             "reason": reason,
             "ignored": ranking.ignored,
         }
+
+    async def user(self, user_id: str, *, n: int) -> dict[str, Any]:
+        """The fields of `UserAnswer`. Raises `UnavailableError` where Redis doesn't answer."""
+        history = (
+            await self._histories.read(user_id) if self._histories else UserHistory(user_id=user_id)
+        )
+        item_ids = history.item_ids[-n:]
+        catalog = self._live.model.catalog if self._live.model else Catalog()
+        rows = catalog.rows(item_ids)
+        columns = (
+            item_ids,
+            history.event_types[-n:],
+            history.timestamps_ms[-n:],
+            history.values[-n:],
+            catalog.titles(rows),
+            catalog.categories(rows),
+        )
+        names = ("item_id", "type", "timestamp", "value", "title", "categories")
+        events = [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+        return {"user_id": user_id, "n_events": history.n_events, "events": events[::-1]}
 
     async def _history(self, user_id: str | None) -> tuple[UserHistory | None, str | None]:
         """The user's history, or None and why it could not be had."""

@@ -89,6 +89,19 @@ class Telemetry:
             buckets=_AGE_S,
             registry=own,
         )
+        self.places = Counter(
+            "reflux_answer_places",
+            "Places in answers by their item: cold (fewer than 5 recent interactions), popular "
+            "(the most popular tenth of the catalog), tail",
+            ["item"],
+            registry=own,
+        )
+        self.item_coverage = Gauge(
+            "reflux_answer_item_coverage",
+            "Share of the catalog that a replica showed in the last ten minutes",
+            multiprocess_mode="max",
+            registry=own,
+        )
         self.impressions = Counter(
             "reflux_impressions", "Impression events", ["outcome"], registry=own
         )

@@ -108,6 +108,10 @@ def test_answers(live: Settings, promote: Callable[[], int]) -> None:
         )
         assert (answer["model_version"], answer["teacher_version"]) == (1, 3)
         assert 0 <= answer["features_age_s"] < 60
+        known = client.get("/v1/users/answers", params={"n": 1}).json()
+        assert (known["n_events"], [e["item_id"] for e in known["events"]]) == (2, [item(2)])
+        assert (known["events"][0]["title"], known["events"][0]["value"]) == ("v1", None)
+        assert client.get("/v1/users/who%2Fis that").json()["events"] == []
         assert len(answer["items"]) == 5 and not {item(1), item(2)} & set(ids(answer))
         assert answer["items"][0]["title"] == "v1" and answer["items"][0]["categories"]
         by_url = client.get("/v1/recommendations", params={"user_id": "answers", "n": 5}).json()

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.console.observe import Observer, Snapshot
 from services.core.settings import Settings
 from services.local.client import Client
-from services.local.observe import Observer, Snapshot
 
 HISTORY_EVENTS = 20_000
 REFLUX = [sys.executable, "-m", "services.cli"]
@@ -76,6 +76,27 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         _reflux(env, "down")
         left = processes_of(home)
         assert not left, f"still running after `reflux down`: {left}"
+
+
+@pytest.fixture(scope="session")
+def learned(running: Running) -> Running:
+    """History imported, a first teacher trained, a student distilled from it and serving."""
+    replay(running, "--events", str(HISTORY_EVENTS))
+    running.wait_until(
+        lambda: running.look().teacher_version is not None, "a first teacher", timeout_s=180
+    )
+    running.wait_until(lambda: distilled_from(running) is not None, "a distilled student serving")
+    return running
+
+
+def replay(running: Running, *options: str) -> None:
+    running.reflux("events", "replay", "ml-100k", *options, timeout_s=240)
+
+
+def distilled_from(running: Running) -> int | None:
+    """The teacher of the student that answers; None while it has none."""
+    version = running.client.recommend(user_id=None)["teacher_version"]
+    return None if version is None else int(version)
 
 
 def processes_of(home: Path) -> list[str]:

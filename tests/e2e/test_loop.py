@@ -3,24 +3,11 @@
 import json
 from typing import Any
 
-import pytest
-
 from services.core.registry import Registry
 from services.local.client import new_event
-from tests.e2e.conftest import HISTORY_EVENTS, Running
+from tests.e2e.conftest import HISTORY_EVENTS, Running, distilled_from, replay
 
 LIVE_EVENTS = 4_000
-
-
-@pytest.fixture(scope="module")
-def learned(running: Running) -> Running:
-    """History imported, a first teacher trained, a student distilled from it and serving."""
-    replay(running, "--events", str(HISTORY_EVENTS))
-    running.wait_until(
-        lambda: running.look().teacher_version is not None, "a first teacher", timeout_s=180
-    )
-    running.wait_until(lambda: distilled_from(running) is not None, "a distilled student serving")
-    return running
 
 
 def test_the_answer_follows_the_users_events(learned: Running) -> None:
@@ -99,19 +86,8 @@ def test_status_tells_how_it_goes(learned: Running) -> None:
     assert "REFLUX_KAFKA_BOOTSTRAP" in learned.reflux("doctor")
 
 
-def replay(running: Running, *options: str) -> None:
-    running.reflux("events", "replay", "ml-100k", *options, timeout_s=240)
-
-
 def ask(running: Running, user: str) -> dict[str, Any]:
     return running.client.recommend(user_id=user)
-
-
-def distilled_from(running: Running) -> int | None:
-    """The teacher of the student that answers; None while it has none."""
-    answer = running.client.recommend(user_id=None)
-    version = answer["teacher_version"]
-    return None if version is None else int(version)
 
 
 def student_jobs(running: Running) -> str:

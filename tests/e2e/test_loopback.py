@@ -6,7 +6,7 @@ import socket
 
 import psutil
 
-from services.local.stack import stack_path
+from services.core.stackfile import stack_path
 from tests.e2e.conftest import Running
 
 
@@ -38,5 +38,6 @@ def test_nothing_listens_beyond_loopback(running: Running) -> None:
     seen: set[str] = set()
     running.wait_until(look, "a training worker that listens")
     assert listeners == {}
-    for part in ("redis", "tansu", "gateway", "gcs_server", "raylet", "haproxy", "ServeReplica"):
+    parts = ("redis", "tansu", "gateway", "console", "gcs_server", "raylet", "haproxy")
+    for part in (*parts, "ServeReplica"):
         assert any(part in name for name in seen), f"{part} was not among {sorted(seen)}"

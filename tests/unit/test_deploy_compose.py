@@ -59,10 +59,12 @@ def test_commands_run_what_there_is(services: dict[str, Any]) -> None:
         check_command(services[name]["command"])
 
 
-def test_ports_are_the_codes_own(services: dict[str, Any]) -> None:
+def test_ports_are_the_codes_own(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     env = services["gateway"]["environment"]
     published = {int(p["published"]) for s in services.values() for p in s.get("ports", ())}
-    assert published >= {USUAL_PORTS[part] for part in ("kafka", "ray", "gateway", "recommend")}
+    assert published >= {
+        USUAL_PORTS[part] for part in ("kafka", "ray", "gateway", "recommend", "console")
+    }
     assert all(p["host_ip"] == "127.0.0.1" for s in services.values() for p in s.get("ports", ()))
     head = " ".join(services["ray-head"]["command"])
     assert env["REFLUX_RAY_ADDRESS"] == f"http://ray-head:{USUAL_PORTS['ray']}"
@@ -77,6 +79,16 @@ def test_ports_are_the_codes_own(services: dict[str, Any]) -> None:
         found = targets[job]["dns_sd_configs"][0]
         assert found["names"] == names
         assert str(found["port"]) == env[f"REFLUX_{job.upper()}_METRICS_PORT"]
+    console = check_settings(services["console"]["environment"], monkeypatch)
+    assert targets["console"]["static_configs"][0]["targets"] == [f"console:{console.console_port}"]
+    reads = {url.strip().removeprefix("http://") for url in console.metrics_urls.split(",")}
+    ray_nodes = ("ray-head", "ray-worker")
+    assert reads == {
+        f"gateway:{console.gateway_port}",
+        f"worker:{console.worker_metrics_port}",
+        *(f"{node}:{console.answers_metrics_port}" for node in ray_nodes),
+        *(f"{node}:{console.student_metrics_port}" for node in ray_nodes),
+    }
     ray = targets["ray"]["dns_sd_configs"][0]
     for name in ray["names"]:
         assert f"--metrics-export-port={ray['port']}" in services[name]["command"]
@@ -135,7 +147,7 @@ def test_every_dependency_is_pinned_in_its_range() -> None:
 
 def ours(services: dict[str, Any]) -> list[str]:
     found = [name for name, service in services.items() if service["image"].startswith("reflux:")]
-    assert len(found) == 7
+    assert len(found) == 8
     return found
 
 

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from ray_jobs.telemetry import Telemetry as Learning
+from services.console.watch import Metrics as Console
 from services.ingest import gateway
 from services.ingest import metrics as worker
 from services.recommend.telemetry import Telemetry
@@ -29,6 +30,7 @@ def exported() -> dict[str, set[str]]:
         *vars(worker.Metrics()).values(),
         *vars(Telemetry()).values(),
         *vars(Learning()).values(),
+        *vars(Console()).values(),
     ]
     return {
         metric._name + suffix: set(metric._labelnames)

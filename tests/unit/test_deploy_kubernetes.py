@@ -140,10 +140,12 @@ def test_commands_and_ports(objects: list[Manifest], settings: Settings) -> None
     ports = {
         name: {p["name"]: p["containerPort"] for c in containers(one) for p in c["ports"]}
         for one in objects
-        if (name := one["metadata"]["name"]) in ("gateway", "worker", "answers", "student")
+        if (name := one["metadata"]["name"])
+        in ("gateway", "worker", "answers", "student", "console")
         and one["kind"] in ("Deployment", "RayService", "RayJob")
     }
     assert ports["gateway"]["http"] == settings.gateway_port
+    assert ports["console"]["http"] == settings.console_port
     assert ports["worker"]["metrics"] == settings.worker_metrics_port
     assert ports["answers"]["metrics"] == settings.answers_metrics_port
     assert ports["student"]["metrics"] == settings.student_metrics_port
@@ -193,6 +195,16 @@ def test_addresses_lead_to_what_is_there(objects: list[Manifest], settings: Sett
     [listener] = kafka["spec"]["kafka"]["listeners"]
     name = f"{kafka['metadata']['name']}-kafka-bootstrap"
     assert settings.kafka_bootstrap == f"{name}:{listener['port']}"
+    for url in settings.metrics_urls.split(","):  # each leads to the pods that listen there
+        name, _, port = url.removeprefix("http://").partition(":")
+        spec = get(objects, "Service", name)["spec"]
+        assert (spec["clusterIP"], [str(p["port"]) for p in spec["ports"]]) == ("None", [port])
+        pods = [t for one in objects for t in templates(one)]
+        assert any(
+            selects({"matchLabels": spec["selector"]}, pod["metadata"]["labels"])
+            and allowed(objects, pod, port=int(port))
+            for pod in pods
+        ), url
     for uri in (settings.offline, settings.registry, settings.checkpoints):
         assert uri.startswith("s3://")
 

@@ -10,6 +10,8 @@ from services.core.features import UserHistory
 from services.core.models.student import Student, StudentConfig
 from services.recommend.engine import TRENDING, TRENDING_CATEGORIES, Model, Ranking, rank
 from services.recommend.schema import RecommendRequest
+from services.recommend.shown import COVERAGE_S, NAMES, ShownItems
+from services.recommend.telemetry import Telemetry
 from tests.students import N_ITEMS, catalog, item
 
 NOW_MS = 1_700_000_000_000
@@ -118,3 +120,21 @@ def test_a_ranking_does_not_change_its_model(model: Model) -> None:
     assert answer(model, n=5) == before
     assert np.isfinite(model.catalog.popularity).all()
     assert replace(model, version=2).trending is model.trending
+
+
+def test_what_answers_are_made_of_is_counted(model: Model) -> None:
+    telemetry, clock_s = Telemetry(), 0.0
+    shown = ShownItems(telemetry, now_s=lambda: clock_s)
+    known = replace(model, catalog=catalog())
+    known.catalog.observe(known.catalog.rows([item(i) for i in range(30)] * 20))
+    known = replace(
+        known, version=2, trending=known.catalog.rows([item(i) for i in range(N_ITEMS)])
+    )
+    cold, tail, popular = known.catalog.rows([item(50), item(20), item(0)]).tolist()
+    shown.add(known, [cold, tail, tail, popular])
+    counts = [telemetry.places.labels(name)._value.get() for name in NAMES]
+    assert counts == [1, 2, 1]
+    assert telemetry.item_coverage._value.get() == pytest.approx(3 / N_ITEMS)
+    clock_s = COVERAGE_S + 1
+    shown.add(known, [popular])
+    assert telemetry.item_coverage._value.get() == pytest.approx(1 / N_ITEMS)

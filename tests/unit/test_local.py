@@ -10,12 +10,12 @@ import psutil
 import pytest
 
 from services.cli import parse_duration_s
+from services.console.scrape import quantile
 from services.core.errors import RefluxError, UnavailableError
 from services.core.settings import Settings
 from services.local import learning
 from services.local.jobs import Job
 from services.local.learning import TeacherState, refresh_due
-from services.local.observe import quantile
 from services.local.processes import Command, Process
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth

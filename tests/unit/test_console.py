@@ -1,0 +1,194 @@
+"""The console's parts: what it makes of metrics, what it remembers, whom it lets in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.samples import Sample
+
+from services.console.guard import Guard
+from services.console.observe import ratios
+from services.console.recent import Looks
+from services.console.scrape import Samples, buckets, increase, parsed, quantile
+from services.console.store import KEPT_VERSIONS, RINGS, Store
+from services.console.versions import ROLLING_EVENTS, Versions
+from services.core.errors import ForbiddenError, UnauthorizedError
+from services.core.registry import Registry
+from services.core.settings import Settings
+
+MINUTE_MS = 60_000
+
+
+class Endpoint:
+    """A process that counts, and may start anew."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._registry = CollectorRegistry()
+        self.events = Counter("reflux_gateway_accepted", "", registry=self._registry)
+        self.answers = Histogram(
+            "reflux_answer_seconds", "", buckets=(0.01, 0.1, 1), registry=self._registry
+        )
+        Counter("python_gc", "not ours", registry=self._registry).inc()
+
+    def metrics(self) -> dict[str, list[Sample]]:
+        found = parsed(generate_latest(self._registry).decode())
+        assert not any("gc" in name for name in found)
+        return found
+
+
+def test_the_page_imports_nothing_heavy() -> None:
+    """Its process runs beside everything else: torch alone would be 400 MB."""
+    heavy = ("torch", "ray", "feast", "pandas", "kafka", "duckdb")
+    code = f"import services.console.__main__, sys; print(*set({heavy}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_what_happens_now_is_told_across_a_restart() -> None:
+    one, other = Endpoint(), Endpoint()
+
+    def samples() -> Samples:
+        return {"a": one.metrics(), "b": other.metrics()}
+
+    looks = Looks()
+    one.events.inc(1_000)
+    other.events.inc(50)
+    one.answers.observe(0.5)  # long ago: no part of what happens now
+    assert looks.add(0.0, samples()).events_per_s is None
+    one.restart()
+    one.events.inc(20)
+    other.events.inc(30)
+    for _ in range(10):
+        other.answers.observe(0.05)
+    now = looks.add(10.0, samples())
+    assert now.events_per_s == pytest.approx((20 + 30) / 10)
+    assert now.answer_p50_ms == pytest.approx(55)
+    assert now.dead_per_s is None  # nobody says
+    assert looks.add(20.0, samples()).events_per_s == 0.0
+    assert looks.add(30.0, samples()).answer_p50_ms is None  # none lately
+
+
+def test_a_process_that_is_new_counts_from_its_start() -> None:
+    one, other = Endpoint(), Endpoint()
+    one.events.inc(5)
+    before: Samples = {"a": one.metrics()}
+    other.events.inc(7)
+    now: Samples = {**before, "b": other.metrics()}
+    assert increase(now, "reflux_gateway_accepted_total", since=before) == 7
+    assert quantile(buckets(now, "reflux_answer_seconds", since=before), 0.5) is None
+
+
+def test_ratios_need_a_student_of_hard_labels() -> None:
+    metrics = {"stream.student.ndcg@10": 0.19, "stream.teacher.ndcg@10": 0.2}
+    assert ratios(metrics) == {"retention": pytest.approx(0.95), "transferability": None}
+    found = ratios({**metrics, "stream.hard_student.ndcg@10": 0.15})
+    assert found["transferability"] == pytest.approx(0.8)
+
+
+def test_the_past_is_kept_thinned_and_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "home" / "console.sqlite"
+    store = Store(path)
+    ring = RINGS[0]
+    for step in range(ring.slots + 60):  # ten minutes more than the finest ring holds
+        store.add(10_000 * step, {"rate": float(step), "gap": 1.0 if step % 2 else None})
+    end_ms = 10_000 * (ring.slots + 59)
+    store.close()
+
+    store = Store(path)  # after a restart
+    fine = store.history(since_ms=end_ms - 2 * 3600_000 + 1, until_ms=end_ms)
+    assert (fine["step_ms"], len(fine["at"])) == (10_000, ring.slots)
+    assert fine["series"]["rate"][-1] == ring.slots + 59
+    assert fine["series"]["gap"][-2:] == [None, 1.0]
+    coarse = store.history(since_ms=0, until_ms=end_ms)
+    assert coarse["step_ms"] == MINUTE_MS
+    assert coarse["series"]["rate"][:2] == [2.5, 8.5]  # means of six
+    store.add_versions([{"kind": "student", "version": v} for v in range(KEPT_VERSIONS + 5)])
+    kept = [row["version"] for row in store.versions()]
+    assert kept == list(range(5, KEPT_VERSIONS + 5))
+    store.close()
+
+
+def test_a_broken_file_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "console.sqlite"
+    path.write_bytes(b"no database" * 1_000)
+    store = Store(path)
+    store.add(10_000, {"rate": 1.0})
+    assert store.history(since_ms=0, until_ms=20_000)["series"] == {"rate": [1.0]}
+    store.close()
+
+
+def test_versions_are_read_once_and_outlive_a_prune(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    publish(registry, tmp_path, events=ROLLING_EVENTS, ndcg=0.1)
+    publish(registry, tmp_path, events=ROLLING_EVENTS // 2, ndcg=0.2)
+    registry.promote("student", 2, "better")
+    versions = Versions(registry, known=[])
+    fresh, changed = versions.refresh()
+    assert ([row["version"] for row in fresh], changed) == ([1, 2], True)
+    assert versions.serving["student"]["version"] == 2
+    assert versions.refresh() == ([], False)
+    assert versions.quality()["student"] == pytest.approx((0.1 * 2 + 0.2) / 3)
+    publish(registry, tmp_path, events=ROLLING_EVENTS // 2, ndcg=0.4)
+    registry.prune("student", 1)
+    assert [row["version"] for row in versions.refresh()[0]] == [3]
+    assert versions.quality()["student"] == pytest.approx(0.3)  # the first is too long ago
+    assert [row["version"] for row in versions.newest("student", 10)] == [1, 2, 3]
+
+    restarted = Versions(registry, known=versions.newest("student", 10))
+    assert restarted.refresh() == ([], True)
+    assert restarted.quality() == versions.quality()
+    anew = Registry(str(tmp_path / "another"))
+    publish(anew, tmp_path, events=10, ndcg=0.5)
+    restarted = Versions(anew, known=versions.newest("student", 10))
+    restarted.refresh()
+    assert [row["version"] for row in restarted.newest("student", 10)] == [1]
+
+
+def publish(registry: Registry, tmp_path: Path, *, events: int, ndcg: float) -> None:
+    (tmp_path / "artifact").mkdir(exist_ok=True)
+    (tmp_path / "artifact" / "weights").touch()
+    metrics = {"window.events": events, "window.student.ndcg@10": ndcg}
+    gate = {"promoted": True, "reason": "no worse"}
+    registry.publish("student", tmp_path / "artifact", {"metrics": metrics, "gate": gate})
+
+
+OURS = {"host": "127.0.0.1:8090", "content-type": "application/json"}
+KEY = "k" * 16
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"host": "evil.example"},  # a name of theirs that points here
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"content-type": "text/plain"},  # what a form can send
+    ],
+)
+def test_other_sites_pages_change_nothing(forged: dict[str, str]) -> None:
+    guard = Guard(Settings())
+    own = {"origin": "http://127.0.0.1:8090", "sec-fetch-site": "same-origin"}
+    guard.change(OURS | own, "operate")
+    guard.change(OURS)  # curl has neither
+    with pytest.raises(ForbiddenError):
+        guard.change(OURS | forged, "operate")
+
+
+def test_with_keys_a_key_opens_what_its_roles_allow() -> None:
+    guard = Guard(Settings.load(api_keys=f"recommend:{KEY},operate:{'o' * 16}"))
+    named = {**OURS, "host": "console.example"}
+    with pytest.raises(UnauthorizedError):
+        guard.enter(named)
+    viewer = {**named, "authorization": f"Bearer {KEY}"}
+    assert guard.enter(viewer) == {"recommend"}
+    with pytest.raises(ForbiddenError, match="operate"):
+        guard.change(viewer, "operate")
+    guard.change({**named, "authorization": f"Bearer {'o' * 16}"}, "operate")
