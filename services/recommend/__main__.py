@@ -7,10 +7,13 @@ what; the replicas live on Ray and outlive this command.
 """
 
 import sys
+from typing import Final
 
 from services.core.errors import RefluxError
 from services.core.settings import Settings
 from services.recommend.deploy import deploy
+
+NAMES: Final = {"haproxy": "HAProxy", "python": "Serve's Python proxy"}
 
 
 def main() -> int:
@@ -21,7 +24,10 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     url = deployed.url
-    sys.stdout.write(f"answers at {url}/v1/recommendations, described at {url}/docs\n")
+    sys.stdout.write(
+        f"answers at {url}/v1/recommendations, described at {url}/docs, "
+        f"behind {NAMES[deployed.proxy]}\n"
+    )
     if deployed.proxy != settings.proxy:
         sys.stderr.write(
             f"REFLUX_PROXY={settings.proxy}, but this Ray was started for the {deployed.proxy} "

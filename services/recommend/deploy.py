@@ -27,17 +27,24 @@ APPLICATION: Final = "reflux"
 TIMEOUT_S: Final = 180.0
 POLL_S: Final = 0.25
 
+# A replica works on one answer at a time: two in hand keep it busy.
+AUTOSCALING: Final = {"target_ongoing_requests": 2, "upscale_delay_s": 10, "downscale_delay_s": 300}
+
+Proxy = Literal["haproxy", "python"]
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Deployed:
     url: str
-    proxy: Literal["haproxy", "python"]  # what the cluster was started with, whatever was asked for
+    proxy: Proxy  # what the cluster was started with, whatever was asked for
 
 
-def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> Deployed:
+def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S, import_path: str = "") -> Deployed:
     """Deploy deploy/serve.yaml with these settings; return once it answers.
+
+    `import_path`: another application in the place of ours.
 
     `UnavailableError` says why it doesn't: Ray is away, the replicas fail, the port is another.
     """
@@ -46,7 +53,10 @@ def deploy(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> Deployed:
     before = _application(client)
     if not before:  # counts of an earlier cluster's replicas
         shutil.rmtree(_metrics_directory(settings), ignore_errors=True)
-    client.deploy_applications(config(settings))
+    wanted = config(settings)
+    if import_path:
+        wanted["applications"][0]["import_path"] = import_path
+    client.deploy_applications(wanted)
     _wait_running(client, deadline, since=before.get("last_deployed_time_s"))
     return _wait_answering(settings, client, deadline)
 
@@ -57,13 +67,29 @@ def config(settings: Settings) -> dict[str, Any]:
     found["http_options"]["host"] = settings.host
     if settings.recommend_port:
         found["http_options"]["port"] = settings.recommend_port
+    found["http_options"]["request_timeout_s"] = settings.answer_timeout_s
     application = found["applications"][0]
-    application["deployments"][0]["num_replicas"] = settings.replicas
+    application["deployments"][0] |= scaling(settings)
+    application["deployments"][0]["max_queued_requests"] = settings.answer_queue
     application["runtime_env"]["env_vars"] |= {
         **settings.environment(secrets=False),  # Serve's dashboard shows it
         "PROMETHEUS_MULTIPROC_DIR": str(_metrics_directory(settings)),
     }
     return found
+
+
+def scaling(settings: Settings) -> dict[str, Any]:
+    """How many replicas, as Serve is told it."""
+    if settings.max_replicas <= settings.replicas:
+        return {"num_replicas": settings.replicas}
+    least = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
+    return {"num_replicas": "auto", "autoscaling_config": {**least, **AUTOSCALING}}
+
+
+def proxy_of(url: str) -> Proxy:
+    """Which proxy stands there: Serve's own health check is answered by the proxy itself."""
+    server = httpx.get(f"{url}/-/healthz", timeout=2.0).headers.get("server")
+    return "python" if server == "uvicorn" else "haproxy"
 
 
 def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
@@ -168,9 +194,7 @@ def _wait_answering(
         try:
             answer = httpx.get(f"{url}/healthz", timeout=2.0)
             if answer.status_code == 200:
-                # Serve's own health check is answered by the proxy itself.
-                proxy = httpx.get(f"{url}/-/healthz", timeout=2.0).headers.get("server")
-                return Deployed(url, "python" if proxy == "uvicorn" else "haproxy")
+                return Deployed(url, proxy_of(url))
             why = f"answers {answer.status_code}"
         except httpx.TransportError as error:
             why = f"doesn't answer ({error})"

@@ -10,6 +10,7 @@ from ray.serve._private import replica as serve_replica
 from services.core import logs
 from services.core.settings import Settings
 from services.recommend.app import create_app
+from services.recommend.deploy import scaling
 
 EVERYWHERE: Final = "[::]:0"
 LOOPBACK: Final = "127.0.0.1"
@@ -34,7 +35,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application; `args` are settings by name, and win over the environment's."""
     settings = Settings.load(**args)
     deployment: serve.Deployment = Recommendations
-    return deployment.options(num_replicas=settings.replicas).bind(settings)
+    return deployment.options(**scaling(settings)).bind(settings)
 
 
 def _keep_to_loopback() -> None:

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.serve.schema import ServeDeploySchema
 
 from services.core.errors import SettingsError
 from services.core.settings import Settings
@@ -78,3 +80,18 @@ def test_a_cluster_with_settings_of_its_own_gets_only_what_is_set(
         "REFLUX_RAY_ADDRESS": "http://there:8265",
         "REFLUX_RECIPE": "one_gpu",
     }
+
+
+def test_serve_is_told_of_replicas_queue_and_deadline() -> None:
+    def told(settings: Settings) -> dict[str, Any]:
+        wanted = config(settings)
+        ServeDeploySchema.model_validate(wanted)
+        [deployment] = wanted["applications"][0]["deployments"]
+        return {**deployment, **wanted["http_options"]}
+
+    fixed = told(Settings.load(replicas=3, answer_queue=7, answer_timeout_s=2.5))
+    assert fixed["num_replicas"] == 3
+    assert "autoscaling_config" not in fixed
+    assert (fixed["max_queued_requests"], fixed["request_timeout_s"]) == (7, 2.5)
+    scaled = told(Settings.load(replicas=2, max_replicas=5))["autoscaling_config"]
+    assert (scaled["min_replicas"], scaled["max_replicas"]) == (2, 5)
