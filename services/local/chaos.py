@@ -23,6 +23,7 @@ from services.local import daemon
 from services.local.audit import Promise, answered, audit_state, newest_ledger
 from services.local.faults import KILLS, Fault, kill, victim
 from services.local.load import Asker, Producer
+from services.local.load import events as seeded
 from services.local.stack import tear_down
 
 DEADLINE_S: Final = 1.0  # of an answer
@@ -80,7 +81,7 @@ class Chaos:
                 headers=keys.header("recommend"),
             ) as answers,
         ):
-            producer = Producer(events, self._seed, self._rate)
+            producer = Producer(events, seeded(self._seed), self._rate)
             asker = Asker(answers, self._seed, self._rate / 10)
             stop = threading.Event()
             producing = threading.Thread(target=producer.run, args=(stop,))

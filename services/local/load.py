@@ -57,19 +57,18 @@ def events(seed: int, *, users: int = 200, items: int = 500) -> Iterator[dict[st
 
 @dataclass(eq=False)
 class Producer:
-    """Sends the seed's events to the gateway; `acknowledged` is the ledger: event id -> when."""
+    """Sends events to the gateway; `acknowledged` is the ledger: event id -> when."""
 
     http: httpx.Client
-    seed: int
+    stream: Iterator[dict[str, Any]]
     rate: float  # events per second
     acknowledged: dict[str, float] = field(default_factory=dict)  # monotonic seconds
     refused: list[Request] = field(default_factory=list)
 
     def run(self, stop: threading.Event) -> None:
-        stream = events(self.seed)
         due_s = time.monotonic()
         while not stop.is_set():
-            batch = [next(stream) for _ in range(BATCH_EVENTS)]
+            batch = [next(self.stream) for _ in range(BATCH_EVENTS)]
             while not self._send(batch):
                 # What is under way at the end is not acknowledged, and nobody promised it.
                 if stop.wait(RETRY_S):

