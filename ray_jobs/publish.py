@@ -101,8 +101,9 @@ class Publisher:
             verdict = Verdict(promoted=False, reason=reason)
         qualities = self._peers.gather(state.quality)
         positions = _merged(self._peers.gather(state.positions))
-        if self._peers.rank == 0:
-            self._write(verdict, qualities, positions)
+        written = self._peers.rank != 0 or self._try_to_write(verdict, qualities, positions)
+        if not self._peers.gather(written)[0]:
+            return Verdict(promoted=False, reason="the registry couldn't be written")
         counters.published, counters.serving = self._peers.gather(
             (counters.published, counters.serving)
         )[0]
@@ -156,12 +157,27 @@ class Publisher:
         return gate.judge(evidence, bar=self._config.bar)
 
     def _unless_held(self, verdict: Verdict) -> Verdict:
-        held = self._registry.held("student")
+        try:
+            held = self._registry.held("student")
+        except OSError as error:  # it may be held: nobody can tell
+            return Verdict(promoted=False, reason=f"the registry can't be read ({error})")
         if held is None:
             return verdict
         return Verdict(
             promoted=False, reason=f"student {held} is held by hand (`reflux models release`)"
         )
+
+    def _try_to_write(
+        self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]
+    ) -> bool:
+        """False where the registry's disk is full or its store away: the job learns on, and the
+        next version tells of all that this one would have told."""
+        try:
+            self._write(verdict, qualities, positions)
+        except OSError as error:
+            logger.error("no new version, the registry can't be written: %s", error)
+            return False
+        return True
 
     def _write(
         self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]

@@ -323,6 +323,30 @@ def test_a_small_loss_shows_in_time_and_is_undone(tmp_path: Path) -> None:
     assert state.counters.learning_rate == CONFIG.learning_rate
 
 
+def test_a_registry_that_cannot_be_written_stops_nothing_and_is_told_all_later(
+    tmp_path: Path,
+) -> None:
+    state = new_state()
+    state.catalog.add(map(str, range(60)))
+    state.student.grow(state.catalog.content, optimizer=state.optimizer)
+    state.positions[0] = 7
+    registry = tmp_path / "registry"
+    registry.touch()  # no folder: whatever is written there fails
+    publisher = Publisher(
+        str(registry), state, config=CONFIG, keep=3, peers=ALONE, telemetry=Telemetry()
+    )
+    probe = MicroBatch.of([], context=8)
+    publisher.learned(np.array([1_000]))
+    assert not publisher.publish(probe).promoted
+    assert publisher.behind()
+    registry.unlink()
+    publisher.learned(np.array([2_000]))
+    assert publisher.publish(probe).promoted
+    assert not publisher.behind()
+    arrived = Registry(str(registry)).manifest("student", 1)["arrivals_ms"]
+    assert (arrived["oldest"], arrived["newest"]) == (1_000, 2_000)
+
+
 def test_the_replay_window_is_learned_like_news() -> None:
     histories = Histories(keep=100)
     absorb(group(Log(100).received(0, 100).arrivals(Catalog()), histories), histories)
