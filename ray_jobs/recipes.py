@@ -121,7 +121,7 @@ def tiny_cpu() -> Recipe:
         ),
         train=TrainConfig(
             num_workers=2,
-            niceness=5,
+            niceness=15,
             max_epochs=20,
             max_train_s=100,
             refresh_epochs=3,
@@ -131,6 +131,7 @@ def tiny_cpu() -> Recipe:
             learning_rate=6e-3,
             refresh_learning_rate=4e-3,
         ),
+        distill=DistillConfig(niceness=10),
     )
 
 

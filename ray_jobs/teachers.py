@@ -6,6 +6,7 @@ and learns, and fetched when it is needed, so that the two work at the same time
 """
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,16 @@ class Labeller:
     """
 
     def __init__(
-        self, registry_uri: str, version: int, *, width: int, threads: int, device: str
+        self,
+        registry_uri: str,
+        version: int,
+        *,
+        width: int,
+        threads: int,
+        niceness: int,
+        device: str,
     ) -> None:
+        os.nice(niceness)
         torch.set_num_threads(threads)
         self._device = device
         with tempfile.TemporaryDirectory() as scratch:
@@ -212,6 +221,7 @@ class Teachers:
                 version,
                 width=self._width,
                 threads=self._config.threads_per_worker,
+                niceness=self._config.niceness,
                 device="cuda" if self._config.label_gpus else "cpu",
             )
         )

@@ -12,7 +12,8 @@ from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 from services.local.jobs import Jobs
 
-LOOK_EVERY_S = 3.0
+LOOK_EVERY_S = 1.0
+SOUND_MS = 120_000  # a job that ran so long was not ill from the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,9 @@ class LearningJobs:
             self._failures[kind] = 0
             return
         self._failures[kind] += 1
-        wait_s = min(5.0 * 2 ** (self._failures[kind] - 1), 300.0)
+        if time.time() * 1000 - job.started_ms > SOUND_MS:
+            self._failures[kind] = 1
+        wait_s = min(2.0 ** (self._failures[kind] - 1) - 1.0, 300.0)  # none after the first
         self._not_before[kind] = time.monotonic() + wait_s
         self.report(
             f"{kind} job {job.submission_id} {job.status.lower()}, next try in {wait_s:g} s: "

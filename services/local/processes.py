@@ -198,6 +198,12 @@ def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Comma
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_JOB_STOP_WAIT_TIME_S": "20",
+            # By default 15: a worker that starts then waits for whatever else runs, and one that
+            # was killed is long away. Learners step back by themselves (recipes' niceness).
+            "RAY_worker_niceness": "0",
+            # By default a job's first process makes Ray start a worker for each logical CPU; ours
+            # all have variables of their own, so that none of those is ever used.
+            "RAY_prestart_worker_first_driver": "0",
             # A node that ends first waits up to 30 s for others to take over; here are none.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             **env,
