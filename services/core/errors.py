@@ -18,6 +18,11 @@ RefluxError
 A message names the offending value and the fix; the CLI prints it without a traceback.
 """
 
+from typing import Final
+
+SHOWN_CHARS: Final = 200
+MAX_EXACT: Final = 2**53  # beyond it JSON's readers differ
+
 
 class RefluxError(Exception):
     """The root: `except RefluxError` catches whatever Reflux raises on purpose."""
@@ -83,3 +88,14 @@ class CorruptVersionError(RegistryError):
 
 class NothingServingError(RegistryError):
     """Nothing has been promoted yet."""
+
+
+def shown(value: object) -> str | float | bool | None:
+    """A value to quote in an answer: itself where any JSON can say it, which it can't say of NaN,
+    huge numbers and bytes; else, and of what is long, the beginning of its text."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and abs(value) <= MAX_EXACT:
+        return value
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."

@@ -1,6 +1,5 @@
 """From the body of a request to records for Kafka, and a reason for each that is none. Pure."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -8,12 +7,11 @@ from typing import Any, Final, TypeVar
 import orjson
 from pydantic import BaseModel, Field
 
-from services.core.errors import InvalidEventError
+from services.core.errors import InvalidEventError, shown
 from services.core.events import Event, Item, decode_event, decode_item, encode
 from services.core.kafka import MAX_RECORD_BYTES
 
 NDJSON: Final = "application/x-ndjson"
-SHOWN_VALUE_CHARS: Final = 200
 
 Record = TypeVar("Record", Event, Item)
 
@@ -48,10 +46,22 @@ def split(body: bytes, *, content_type: str) -> list[bytes]:
         return [line for line in body.split(b"\n") if line.strip()]
     if not body.lstrip().startswith(b"["):
         return [body]
+    return [dump_json(record) for record in load_json(body)]
+
+
+def load_json(raw: bytes) -> Any:
     try:
-        return [orjson.dumps(record) for record in orjson.loads(body)]
+        return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidEventError(field="", value=None, fix=f"is not JSON ({error})") from None
+
+
+def dump_json(value: Any) -> bytes:
+    """What `load_json` gave: it takes in deeper nesting than can be written again."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise InvalidEventError(field="", value=None, fix=f"nests too deeply ({error})") from None
 
 
 def parse_events(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
@@ -91,16 +101,4 @@ def _parse(
 
 
 def rejection(index: int, error: InvalidEventError) -> Rejected:
-    return Rejected(index=index, field=error.field, value=_shown(error.value), fix=error.fix)
-
-
-def _shown(value: object) -> object:
-    """The value where it is short and JSON can say it (NaN and bytes it can't), else its text."""
-    text = str(value)
-    if len(text) > SHOWN_VALUE_CHARS:
-        return text[:SHOWN_VALUE_CHARS] + "..."
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return text
-    return value
+    return Rejected(index=index, field=error.field, value=shown(error.value), fix=error.fix)

@@ -46,7 +46,17 @@ from services.core.events import EVENTS, ITEMS, Event, Item, decode_id
 from services.core.history import event_key
 from services.core.kafka import Publisher, topic_id
 from services.core.settings import Settings
-from services.ingest.batch import NDJSON, Answer, Batch, parse_events, parse_items, rejection, split
+from services.ingest.batch import (
+    NDJSON,
+    Answer,
+    Batch,
+    dump_json,
+    load_json,
+    parse_events,
+    parse_items,
+    rejection,
+    split,
+)
 from services.ingest.held import Held, TooLargeError
 
 logger = logging.getLogger(__name__)
@@ -267,17 +277,14 @@ def _id_after(prefix: str, request: Request, *, field: str) -> str:
 
 
 def _with_item_id(body: bytes, item_id: str) -> bytes:
-    try:
-        given = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidEventError(field="", value=None, fix=f"is not JSON ({error})") from None
+    given = load_json(body)
     if not isinstance(given, dict):
         raise InvalidEventError(field="", value=given, fix="must be one JSON object")
     if given.setdefault("item_id", item_id) != item_id:
         raise InvalidEventError(
             field="item_id", value=given["item_id"], fix=f"must be left out or {item_id!r}"
         )
-    return orjson.dumps(given)
+    return dump_json(given)
 
 
 def _failed(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from services.core.errors import shown
 from services.core.events import Id
 
 MAX_ITEMS: Final = 100
@@ -116,7 +117,8 @@ def _problem(error: Any) -> dict[str, Any]:
     field = ".".join(str(part) for part in error["loc"] if part != "query")
     if error["type"] == "extra_forbidden":
         known = ", ".join(RecommendRequest.model_fields)
-        return {"field": field, "value": error["input"], "fix": f"no such field; there are {known}"}
+        value, fix = shown(error["input"]), f"no such field; there are {known}"
+        return {"field": field, "value": value, "fix": fix}
     if error["type"] == "json_invalid":
         return problem(f"the body must be JSON ({error['ctx']['error']})")[0]
-    return {"field": field, "value": error["input"], "fix": error["msg"]}
+    return {"field": field, "value": shown(error["input"]), "fix": error["msg"]}
