@@ -19,7 +19,7 @@ from services.core.events import EVENTS, ITEMS, dead_topic
 from services.core.settings import Settings
 
 MAX_RECORD_BYTES: Final = 1_000_000  # Kafka's default limit is 1 MiB, headers included
-KeyValue: TypeAlias = tuple[bytes, bytes | None]
+KeyValue: TypeAlias = tuple[bytes | None, bytes | None]
 GROUP: Final = "reflux-features"  # the feature workers
 
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pyarrow.fs
 
@@ -14,18 +14,10 @@ from services.core.history import UserHistory, histories_as_of
 from services.core.settings import Settings
 from services.core.spans import filesystem
 from services.local.load import Request
+from services.local.promises import Promise
 
 Window = tuple[float, float]  # monotonic seconds
 Ranges = Sequence[Sequence[int]]  # [first, next) in the order learned
-
-
-@dataclass(frozen=True, kw_only=True)
-class Promise:
-    """One thing that was promised, and what was found."""
-
-    name: str
-    kept: bool
-    found: str
 
 
 def logged_once(

@@ -5,9 +5,12 @@ import os
 import signal
 import sys
 import tempfile
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from services.core.settings import Settings
 
 app = typer.Typer(help="Runs that show what is promised.", no_args_is_help=True)
 
@@ -15,43 +18,54 @@ app = typer.Typer(help="Runs that show what is promised.", no_args_is_help=True)
 @app.command()
 def chaos(
     seed: Annotated[int, typer.Option(help="of the load and of the faults")] = 0,
-    rate: Annotated[float, typer.Option(help="events per second", min=10.0)] = 200.0,
-    fault: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    rate: Annotated[float, typer.Option(help="events per second", min=10.0)] = 100.0,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="only those that begin so; may be repeated")
+    ] = None,
 ) -> None:
-    """Kill one process after another under load; exit 1 if a promise was broken.
+    """Break one thing after another under load; exit 1 if a promise was broken.
 
-    Starts a stack in a home of its own, stops it again, and leaves its logs there if it failed.
+    Kills and freezes every process, fills disks, slows Redis, turns clocks. Starts a stack in a
+    home of its own, stops it again, and leaves its logs there.
     """
     from services.core.errors import RefluxError
-    from services.core.settings import Settings
-    from services.local.chaos import Chaos, render
-    from services.local.faults import KILLS
+    from services.local.chaos import Chaos, show
+    from services.local.disks import may_mount
+    from services.local.faults import FAULTS
+    from services.local.promises import show as show_promises
 
-    wanted = set(fault or [one.name for one in KILLS])
-    if unknown := wanted - {one.name for one in KILLS}:
-        raise RefluxError(
-            f"--fault: no {', '.join(unknown)}; there are {', '.join(f.name for f in KILLS)}"
-        )
-    os.environ["REFLUX_HOME"] = tempfile.mkdtemp(prefix="reflux-chaos-")
-    for name, value in {
-        "RECIPE": "smoke_cpu",
-        "TEACHER_FIRST_EVENTS": "2000",
-        "TEACHER_EVERY_EVENTS": "0",
-        "TEACHER_EVERY_MINUTES": "0",
-        "CHECKPOINT_EVERY_S": "3",
-        "PUBLISH_EVERY_S": "3",
-    }.items():
-        os.environ.setdefault(f"REFLUX_{name}", value)
-    settings = Settings.load()
-    print(f"home {settings.home}, seed {seed}", file=sys.stderr)
-    outcomes, promises = Chaos(
-        settings,
-        seed=seed,
-        rate=rate,
-        faults=[one for one in KILLS if one.name in wanted],
-        report=lambda message: print(message, file=sys.stderr),
+    chosen = [one for one in FAULTS if one.name.startswith(tuple(fault or [""]))]
+    for name in fault or []:
+        if not any(one.name.startswith(name) for one in chosen):
+            raise RefluxError(
+                f"--fault {name!r}: no such fault; there are {', '.join(f.name for f in FAULTS)}"
+            )
+    if any("disk" in one.name for one in chosen):
+        may_mount()
+    settings = _of_its_own("chaos", seed=seed, REPLICAS="2")
+    outcomes, promises = Chaos(settings, seed=seed, rate=rate, faults=chosen, report=_report).run()
+    show(outcomes)
+    show_promises(promises)
+    if not all(promise.kept for promise in promises):
+        sys.exit(1)
+
+
+@app.command()
+def fuzz(
+    seed: Annotated[int, typer.Option(help="of what is sent")] = 0,
+    records: Annotated[int, typer.Option(help="to Kafka", min=0)] = 20_000,
+    requests: Annotated[int, typer.Option(help="by HTTP", min=0)] = 5_000,
+) -> None:
+    """Send what nobody would send on purpose; exit 1 if anything is unaccounted for, or a 5xx."""
+    from services.local.fuzzing import Fuzz
+    from services.local.promises import show
+
+    # What is shown would be events that nobody has counted.
+    settings = _of_its_own("fuzz", seed=seed, IMPRESSIONS="false")
+    promises = Fuzz(
+        settings, seed=seed, n_records=records, n_requests=requests, report=_report
     ).run()
-    render(outcomes, promises)
+    show(promises)
     if not all(promise.kept for promise in promises):
         sys.exit(1)
 
@@ -137,3 +151,27 @@ def serve(
                 render(rows, ceiling)
     if any(row.failed for row in rows):
         sys.exit(1)
+
+
+def _of_its_own(what: str, *, seed: int, **more: str) -> "Settings":
+    """Settings of a small stack in a new home, where the environment doesn't say otherwise."""
+    from services.core.settings import Settings
+
+    os.environ["REFLUX_HOME"] = tempfile.mkdtemp(prefix=f"reflux-{what}-")
+    for name, value in {
+        "RECIPE": "smoke_cpu",
+        "TEACHER_FIRST_EVENTS": "2000",
+        "TEACHER_EVERY_EVENTS": "0",
+        "TEACHER_EVERY_MINUTES": "0",
+        "CHECKPOINT_EVERY_S": "3",
+        "PUBLISH_EVERY_S": "3",
+        **more,
+    }.items():
+        os.environ.setdefault(f"REFLUX_{name}", value)
+    settings = Settings.load()
+    _report(f"home {settings.home}, seed {seed}")
+    return settings
+
+
+def _report(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,76 +1,285 @@
 """What can be done to a running stack, and to whom."""
 
-import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 import psutil
+import redis
 
 from services.core.errors import RefluxError
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
+from services.local.clock import skewed_producers
+from services.local.disks import SmallDisk
+from services.local.jobs import Jobs
+from services.local.load import Producer
+from services.local.promises import Promise
 
 FIND_TIMEOUT_S: Final = 60.0  # a training worker may be between two lives
+FREEZE_S: Final = 30.0
+HOLD_S: Final = 15.0  # a full disk, a slow Redis, a wrong clock
+SLOW_S: Final = (0.4, 0.05)  # Redis answers nobody for the first, then everybody for the second
+TEACHER_S: Final = 240.0  # a refresh, its worker killed or frozen on the way
+TRAINING_WORKER: Final = "ray::RayTrainWorker"
+
+Concern = Literal["features", "answers", "student", "log"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What a fault may need of the run."""
+
+    settings: Settings
+    producer: Producer
+    disks: dict[str, SmallDisk]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Struck:
+    """A fault that has begun. `end` it; `back` says whether what only it knows of works again;
+    `finish` waits for what takes long and is nobody's outage, and says whether that came well."""
+
+    told: str
+    gone: frozenset[int] = frozenset()  # processes that will not come back under these ids
+    end: Callable[[], None] = lambda: None
+    back: Callable[[], bool] = lambda: True
+    finish: Callable[[], Promise] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Kill one process. `target` finds it by its command line, in the stack's process tree."""
+    """Begins, lasts for `hold_s`, and ends; then what it `concerns` must soon work again."""
 
     name: str
-    target: Callable[[str], bool]
+    begin: Callable[[World], Struck]
+    concerns: frozenset[Concern] = frozenset()
+    hold_s: float = 0.0
     single_proxy: bool = False  # requests can't be answered until it is back: excused
     forgets: bool = False  # the embedded broker, whose log is in memory
 
 
-def _has(*parts: str) -> Callable[[str], bool]:
-    return lambda command: all(part in command for part in parts)
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A kind of process, by its command line, and what stops working without it."""
+
+    name: str
+    has: tuple[str, ...]
+    concerns: tuple[Concern, ...]
+    traits: dict[str, bool] = field(default_factory=dict)
+
+    def faults(self) -> list[Fault]:
+        concerns = frozenset(self.concerns)
+        freeze = {name: value for name, value in self.traits.items() if name != "forgets"}
+        return [
+            Fault(name=f"kill {self.name}", begin=self._kill, concerns=concerns, **self.traits),
+            Fault(
+                name=f"freeze {self.name}",
+                begin=self._freeze,
+                concerns=concerns,
+                hold_s=FREEZE_S,
+                **freeze,
+            ),
+        ]
+
+    def _kill(self, world: World) -> Struck:
+        process = find(world.settings, self.name, self.has)
+        before = running(world.settings, self.has)
+        struck = kill(process)
+
+        def back() -> bool:
+            return len(running(world.settings, self.has) - struck.gone) >= len(before)
+
+        return replace(struck, back=back)
+
+    def _freeze(self, world: World) -> Struck:
+        return freeze(find(world.settings, self.name, self.has))
 
 
-KILLS: Final = (
-    Fault(name="gateway", target=_has("services.ingest.gateway")),
-    Fault(name="feature worker", target=_has("services.ingest.worker")),
-    Fault(name="redis", target=_has("redis-server")),
-    Fault(name="distillation driver", target=_has("ray_jobs.distill_student", "python")),
-    Fault(name="distillation worker", target=_has("ray::RayTrainWorker")),
-    Fault(name="serve replica", target=_has("ray::ServeReplica")),
-    Fault(name="serve proxy", target=_has("haproxy", "-db"), single_proxy=True),
-    Fault(name="serve controller", target=_has("ray::ServeController")),
-    Fault(name="broker", target=_has("tansu"), forgets=True),
-)
+def kill(process: psutil.Process) -> Struck:
+    process.send_signal(signal.SIGKILL)
+    return Struck(told=f"kill -9 {process.pid}", gone=frozenset({process.pid}))
 
 
-def victim(settings: Settings, fault: Fault) -> psutil.Process:
+def freeze(process: psutil.Process) -> Struck:
+    process.suspend()
+
+    def go_on() -> None:
+        with suppress(psutil.NoSuchProcess):  # somebody has replaced it meanwhile
+            process.resume()
+
+    return Struck(told=f"SIGSTOP {process.pid} for {FREEZE_S:g} s", end=go_on)
+
+
+def find(
+    settings: Settings, name: str, has: Iterable[str], *, other_than: Iterable[int] = ()
+) -> psutil.Process:
     """The process that the fault is for; waits until there is one."""
     deadline = time.monotonic() + FIND_TIMEOUT_S
     while time.monotonic() < deadline:
-        for process in family(settings):
+        for process, command in commands(settings):
+            if all(part in command for part in has) and process.pid not in other_than:
+                return process
+        time.sleep(0.2)
+    raise RefluxError(f"no {name} runs; `reflux status` tells what does")
+
+
+def running(settings: Settings, has: Iterable[str]) -> set[int]:
+    """The living processes of a kind."""
+    alive = set()
+    for process, command in commands(settings):
+        with suppress(psutil.NoSuchProcess):
+            sound = process.status() != psutil.STATUS_ZOMBIE
+            if sound and all(part in command for part in has):
+                alive.add(process.pid)
+    return alive
+
+
+def commands(settings: Settings) -> list[tuple[psutil.Process, str]]:
+    """Every process of the running stack with its command line, shells around them left out."""
+    stack = read_stack(settings)
+    found: dict[int, tuple[psutil.Process, str]] = {}
+    for identity in [stack["supervisor"], *stack["processes"].values()] if stack else []:
+        try:
+            leader = psutil.Process(int(identity["pid"]))
+            family = [leader, *leader.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        for process in family:
             try:
                 command = " ".join(process.cmdline())
             except psutil.NoSuchProcess:
                 continue
             # `sh -c` around a job's driver has its words, too.
-            if fault.target(command) and not command.startswith(("/bin/sh", "sh ", "/bin/bash")):
-                return process
-        time.sleep(0.2)
-    raise RefluxError(f"no {fault.name} runs; `reflux status` tells what does")
-
-
-def family(settings: Settings) -> list[psutil.Process]:
-    """Every process of the running stack."""
-    stack = read_stack(settings)
-    found: dict[int, psutil.Process] = {}
-    for identity in [stack["supervisor"], *stack["processes"].values()] if stack else []:
-        try:
-            leader = psutil.Process(int(identity["pid"]))
-            found |= {one.pid: one for one in [leader, *leader.children(recursive=True)]}
-        except psutil.NoSuchProcess:
-            continue
+            if not command.startswith(("/bin/sh", "sh ", "/bin/bash")):
+                found[process.pid] = (process, command)
     return list(found.values())
 
 
-def kill(process: psutil.Process) -> None:
-    os.kill(process.pid, signal.SIGKILL)
+def _to_teacher(strike: Callable[[psutil.Process], Struck]) -> Callable[[World], Struck]:
+    """Refresh the teacher, and strike the worker that trains it."""
+
+    def begin(world: World) -> Struck:
+        settings = world.settings
+        jobs = Jobs(settings, embedded=True)
+        others = running(settings, [TRAINING_WORKER])  # the student's
+        job = jobs.submit("teacher")
+        worker = find(settings, "teacher worker", [TRAINING_WORKER], other_than=others)
+        time.sleep(3.0)  # into the training
+        struck = strike(worker)
+        others |= struck.gone
+
+        def back() -> bool:
+            trains = running(settings, [TRAINING_WORKER]) - others
+            return bool(trains) or jobs.get(job).status == "SUCCEEDED"
+
+        def finish() -> Promise:
+            try:
+                status = jobs.wait(job, timeout_s=TEACHER_S).status
+            except RefluxError as error:
+                status = str(error)
+            return Promise(
+                name="a teacher's refresh survives its worker",
+                kept=status == "SUCCEEDED",
+                found=status.lower(),
+            )
+
+        return replace(struck, told=f"{struck.told} of {job}", back=back, finish=finish)
+
+    return begin
+
+
+def _full(disk: str) -> Callable[[World], Struck]:
+    def begin(world: World) -> Struck:
+        world.disks[disk].fill()
+        return Struck(told=f"no byte left for the {disk}", end=world.disks[disk].free)
+
+    return begin
+
+
+def _slow_redis(world: World) -> Struck:
+    """Let Redis answer in gusts only, as one on a machine that swaps does."""
+    host, _, port = world.settings.redis.partition(":")
+    client: Any = redis.Redis(host=host, port=int(port))
+    stop = threading.Event()
+
+    def gusts() -> None:
+        pause_s, gust_s = SLOW_S
+        while not stop.wait(gust_s):
+            client.client_pause(int(pause_s * 1000), all=True)
+            stop.wait(pause_s)
+
+    thread = threading.Thread(target=gusts)
+    thread.start()
+
+    def end() -> None:
+        stop.set()
+        thread.join()
+        client.close()
+
+    return Struck(told=f"CLIENT PAUSE {SLOW_S[0]:g} s, again and again", end=end)
+
+
+def _clock_jump(world: World) -> Struck:
+    end, finish = skewed_producers(world.settings, world.producer)
+    return Struck(told="producers an hour ahead, and a month behind", end=end, finish=finish)
+
+
+VICTIMS: Final = (
+    Victim(name="gateway", has=("services.ingest.gateway",), concerns=("features",)),
+    Victim(name="feature worker", has=("services.ingest.worker",), concerns=("features", "log")),
+    Victim(name="redis", has=("redis-server",), concerns=("features", "answers")),
+    Victim(
+        name="distillation driver",
+        has=("ray_jobs.distill_student", "python"),
+        concerns=("student",),
+    ),
+    Victim(name="distillation worker", has=(TRAINING_WORKER,), concerns=("student",)),
+    Victim(name="serve replica", has=("ray::ServeReplica",), concerns=("answers",)),
+    Victim(
+        name="serve proxy",
+        has=("haproxy", "-db"),
+        concerns=("answers",),
+        traits={"single_proxy": True},
+    ),
+    Victim(name="serve controller", has=("ray::ServeController",), concerns=("answers",)),
+    Victim(
+        name="broker",
+        has=("tansu",),
+        concerns=("features", "log", "student"),
+        traits={"forgets": True},
+    ),
+)
+FAULTS: Final = (
+    *(fault for victim in VICTIMS for fault in victim.faults()),
+    Fault(name="kill teacher worker", begin=_to_teacher(kill)),
+    Fault(name="freeze teacher worker", begin=_to_teacher(freeze), hold_s=FREEZE_S),
+    Fault(
+        name="full disk, registry",
+        begin=_full("registry"),
+        concerns=frozenset({"student", "answers"}),
+        hold_s=HOLD_S,
+    ),
+    Fault(
+        name="full disk, offline log",
+        begin=_full("offline"),
+        concerns=frozenset({"log", "features"}),
+        hold_s=HOLD_S,
+    ),
+    Fault(
+        name="slow redis",
+        begin=_slow_redis,
+        concerns=frozenset({"features", "answers"}),
+        hold_s=HOLD_S,
+    ),
+    Fault(
+        name="clock jump",
+        begin=_clock_jump,
+        concerns=frozenset({"features", "log"}),
+        hold_s=HOLD_S,
+    ),
+)
