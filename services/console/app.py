@@ -115,6 +115,10 @@ def create_app(settings: Settings) -> FastAPI:
         headers = {"www-authenticate": "Bearer"}
         return JSONResponse({"detail": str(error)}, status_code=401, headers=headers)
 
+    @app.exception_handler(OSError)
+    async def unreachable(_: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"detail": f"the registry can't be read: {error}"}, status_code=503)
+
     @app.exception_handler(RefluxError)
     async def failed(_: Request, error: RefluxError) -> JSONResponse:
         status = 503

@@ -63,10 +63,15 @@ class Snapshot:
 
 
 class Observer:
-    """Looks at the gateway, the feature workers, the answers and the registry of `settings`."""
+    """Looks at the gateway, the feature workers, the answers and the registry of `settings`.
 
-    def __init__(self, settings: Settings) -> None:
+    `read_log`: where no distillation job says how far behind it is, see how far the log is, which
+    lists its files and imports pandas (40 MB).
+    """
+
+    def __init__(self, settings: Settings, *, read_log: bool = True) -> None:
         self._settings = settings
+        self._read_log = read_log
         self._registry = Registry(settings.registry)
         self._scraper = Scraper(settings)
         self._manifests: dict[tuple[Kind, int], Manifest] = {}
@@ -139,12 +144,11 @@ class Observer:
             found["teacher_age_events"] = teacher and age_events(learned, teacher)
         return found
 
-    def _lag(self, samples: Samples, learned: dict[int, int]) -> int:
-        """As the job says it; where it can't be asked, by how far the log is."""
+    def _lag(self, samples: Samples, learned: dict[int, int]) -> int | None:
         said = total(samples, "reflux_student_lag_events")
-        if said is not None:
+        if said is not None or not self._read_log:
             return said
-        from services.core.eventlog import EventLog  # imports pandas, which costs 40 MB
+        from services.core.eventlog import EventLog
 
         return EventLog(self._settings.offline).count(since=learned)
 

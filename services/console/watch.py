@@ -56,9 +56,13 @@ class Hub:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self) -> AsyncIterator[bytes]:
-        """Frames from now on."""
-        seen = self._number
+    @property
+    def number(self) -> int:
+        """Of the newest frame."""
+        return self._number
+
+    async def follow(self, seen: int) -> AsyncIterator[bytes]:
+        """Every frame after the one of that number."""
         while True:
             changed = self._changed
             if self._frames and self._frames[0][0] > seen + 1:
@@ -74,7 +78,7 @@ class Watcher:
     """Looks in a thread of its own. `now` is the newest look, as `GET /api/status` answers it."""
 
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
-        self._observer = Observer(settings)
+        self._observer = Observer(settings, read_log=False)
         self._versions = Versions(Registry(settings.registry), store.versions())
         self._store = store
         self._metrics = metrics
@@ -103,14 +107,15 @@ class Watcher:
         self._thread.join(timeout=10.0)
 
     async def follow(self) -> AsyncIterator[bytes]:
-        """What a page hears: at once how things stand, then every change."""
+        """What a page hears: how things stood lately, then every look and change."""
         self.pages += 1
         self._metrics.pages.set(self.pages)
         try:
-            await asyncio.to_thread(self.look, WATCHED_S)
             self._wake.set()  # from now on more often
-            yield self._frame
-            async for frame in self._hub.follow():
+            seen = self._hub.number
+            if self._frame:
+                yield self._frame
+            async for frame in self._hub.follow(seen):
                 yield frame
         finally:
             self.pages -= 1
@@ -141,6 +146,7 @@ class Watcher:
                 self._complaint = ""
             except (RefluxError, OSError, ValueError) as error:
                 self._metrics.failed.inc()
+                self._publish(frame_of("failed", {"why": str(error)}))
                 if str(error) != self._complaint:  # once, not at every look
                     self._complaint = str(error)
                     log.warning("no look: %s", error)

@@ -79,6 +79,7 @@ class Demo:
             log = self._load()
             stack.start()
             self._settings = stack.settings
+            self._console.log(f"watch it on {stack.settings.console_url}")
             jobs = Jobs(stack.settings, embedded=stack.embedded_ray)
             try:
                 self._learn_history(log, jobs)

@@ -4,7 +4,7 @@ import { $, write } from "./dom.js";
 import { clock } from "./format.js";
 import * as health from "./health.js";
 import * as learning from "./learning.js";
-import { api, CutOff, follow } from "./net.js";
+import { api, CutOff, follow, Refused } from "./net.js";
 import * as now from "./now.js";
 import * as trying from "./try.js";
 import * as versions from "./versions.js";
@@ -21,6 +21,9 @@ let latest = null;
 let live = 0;
 let lastMs = 0; // when the server last said anything
 let connection = null;
+let letGo = false; // of the stream, on purpose
+let failures = 0; // in a row
+let why = ""; // it failed, where the server said so
 let drawing = false;
 
 const rangeMs = () => 1_000 * Number($("range").value);
@@ -79,6 +82,10 @@ function draw() {
 }
 
 function hear(event, data) {
+  if (event === "failed") {
+    why = data.why;
+    return cutOff();
+  }
   connected();
   if (event === "look") take(data);
   else if (event === "versions") {
@@ -89,6 +96,8 @@ function hear(event, data) {
 
 function connected() {
   lastMs = Date.now();
+  failures = 0;
+  why = "";
   const link = $("link");
   if (link.className !== "link live") link.className = "link live";
   write($("link-text"), "live");
@@ -100,26 +109,41 @@ function cutOff() {
   $("link").className = "link lost";
   write($("link-text"), "cut off");
   const since = lastMs ? ` since ${clock(lastMs)}` : "";
-  write($("cut"), `Cut off from Reflux's console${since}. What you see is old; trying again …`);
+  write($("cut"), `Cut off from Reflux's console${since}${why && `: ${why}`}. What you see is old; trying again …`);
   $("cut").hidden = false;
   document.body.classList.add("stale");
 }
 
+/** Listen first and read everything then, so that nothing is missed in between. */
+async function connect(connection) {
+  let early = [];
+  const listening = follow("/api/stream", (event, data) => {
+    if (early) early.push([event, data]);
+    else hear(event, data);
+  }, connection.signal);
+  const ended = listening.then(() => { throw new CutOff("the stream ended"); });
+  await Promise.race([begin(), ended]);
+  for (const [event, data] of early) hear(event, data);
+  early = null;
+  await listening;
+}
+
 async function stayConnected() {
-  for (let failures = 0; ; failures += 1) {
-    if (document.hidden && connection?.signal.aborted) await visible();
+  for (;;) {
+    if (document.hidden && letGo) await visible();
+    letGo = false;
     connection = new AbortController();
     try {
-      await begin();
-      failures = 0;
-      await follow("/api/stream", hear, connection.signal);
+      await connect(connection);
     } catch (error) {
-      const expected = error instanceof CutOff || error.name === "AbortError";
-      if (!expected) console.error(error);
+      if (error instanceof Refused) why = error.message;
+      else if (!(error instanceof CutOff) && error.name !== "AbortError") console.error(error);
     }
-    if (connection.signal.aborted) continue; // let go of on purpose
+    connection.abort(); // what is still open
+    if (letGo) continue;
     cutOff();
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]));
+    failures += 1;
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS[Math.min(failures, RETRY_MS.length) - 1]));
   }
 }
 
@@ -127,10 +151,15 @@ const visible = () => new Promise((resolve) => {
   document.addEventListener("visibilitychange", resolve, { once: true });
 });
 
+function release() {
+  letGo = true;
+  connection?.abort();
+}
+
 let hiding = null;
 document.addEventListener("visibilitychange", () => {
   clearTimeout(hiding);
-  if (document.hidden) hiding = setTimeout(() => connection?.abort(), HIDDEN_MS);
+  if (document.hidden) hiding = setTimeout(release, HIDDEN_MS);
   else draw();
 });
 $("range").addEventListener("change", () => readPast().then(draw, () => {}));

@@ -45,6 +45,7 @@ export function begin(versions, roles) {
 export function more(fresh) {
   for (const row of fresh.rows) {
     const known = rows[row.kind];
+    if (known.some((one) => one.version === row.version && one.created_ms === row.created_ms)) continue;
     if (known.length && row.version <= known.at(-1).version) known.length = 0; // begun anew
     known.push(row);
     if (known.length > KEPT) known.shift();
