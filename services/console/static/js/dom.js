@@ -19,9 +19,25 @@ export function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Make `parent` hold exactly these children, keeping those that are there. */
+/** Make `parent` hold exactly these children. */
 export function replace(parent, children) {
   parent.replaceChildren(...children);
+}
+
+const last = new WeakMap();
+
+/** The same, unless they are what is there already: a selection, or a button with the focus, stays. */
+export function renew(parent, children) {
+  const now = children.map((child) => child.outerHTML).join("");
+  if (last.get(parent) === now) return;
+  last.set(parent, now);
+  replace(parent, children);
+}
+
+/** Fill a definition list: [name, value, a word more]. */
+export function facts(list, rows) {
+  renew(list, rows.flatMap(([name, value, more]) => [
+    h("dt", {}, name), h("dd", {}, value, more ? h("small", {}, more) : null)]));
 }
 
 export function toast(text, { bad = false } = {}) {

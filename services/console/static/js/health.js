@@ -1,8 +1,7 @@
 // The catalog, and the processes with their logs.
 
-import { $, detail, h, replace, toast, write } from "./dom.js";
+import { $, detail, facts, h, renew, replace, toast, write } from "./dom.js";
 import { count, missing, percent } from "./format.js";
-import { facts } from "./learning.js";
 import { api } from "./net.js";
 
 const LOG_EVERY_MS = 2_000;
@@ -72,11 +71,7 @@ function processes() {
   if (!Object.keys(now.processes).length) {
     for (const [url, answers] of Object.entries(now.endpoints)) lines.push(line(url, answers, "", null));
   }
-  const body = $("process-table").tBodies[0];
-  const text = JSON.stringify(lines.map((one) => one.textContent));
-  if (body.dataset.text === text) return; // a button that has the focus keeps it
-  body.dataset.text = text;
-  replace(body, lines);
+  renew($("process-table").tBodies[0], lines);
 }
 
 function line(name, runs, more, log) {
@@ -84,7 +79,7 @@ function line(name, runs, more, log) {
   return h("tr", { "data-process": name },
     h("th", { scope: "row" }, name),
     h("td", {}, state, more ? ` ${more}` : ""),
-    h("td", { class: "actions" }, log ? h("button", { type: "button", class: "small", disabled: !mayOperate, click: () => showLog(name, log), "aria-label": `Log of ${name}` }, "Log") : ""));
+    h("td", { class: "actions" }, log ? h("button", { type: "button", class: "small", "data-log": log, disabled: !mayOperate, click: () => showLog(name, log), "aria-label": `Log of ${name}` }, "Log") : ""));
 }
 
 function showLog(name, path) {

@@ -1,7 +1,7 @@
 // How good the models are over the stream, and what the student's loss is made of.
 
-import { Chart, colour } from "./charts.js";
-import { $, h, replace } from "./dom.js";
+import { Chart } from "./charts.js";
+import { $, facts, h, renew } from "./dom.js";
 import { ago, count, digits, missing, percent, score } from "./format.js";
 
 const MODELS = [
@@ -48,7 +48,7 @@ export function look(now) {
     h("td", {}, score(now.metrics[`stream.${key}.ndcg@10`])),
     h("td", {}, score(now.metrics[`stream.${key}.hr@10`])),
   ));
-  replace($("quality-table").tBodies[0], rows.length ? rows : [h("tr", {}, h("td", { colspan: 4, class: "quiet" }, "no live event has been predicted yet"))]);
+  renew($("quality-table").tBodies[0], rows.length ? rows : [h("tr", {}, h("td", { colspan: 4, class: "quiet" }, "no live event has been predicted yet"))]);
   const transfer = missing(now.transferability)
     ? ["–", "needs a student of hard labels: reflux evaluate runs one"]
     : [percent(now.transferability), "of what the teacher has over hard labels"];
@@ -61,7 +61,7 @@ export function look(now) {
     ["Events of the stream", count(now.metrics["stream.events"]), null],
   ]);
   const present = LOSSES.filter(({ key }) => !missing(now.loss[key]));
-  replace($("loss-legend"), present.map(({ key, name, colour: c }) => h("span", {}, swatch(c), `${name} ${digits(now.loss[key])}`)));
+  renew($("loss-legend"), present.map(({ key, name, colour: c }) => h("span", {}, swatch(c), `${name} ${digits(now.loss[key])}`)));
 }
 
 export function draw(past, range) {
@@ -69,13 +69,8 @@ export function draw(past, range) {
   losses.set(past, range);
 }
 
-export function facts(list, rows) {
-  replace(list, rows.flatMap(([name, value, more]) => [
-    h("dt", {}, name), h("dd", {}, value, more ? h("small", {}, more) : null)]));
-}
-
 function swatch(name) {
   const mark = h("i", { class: "swatch", "aria-hidden": "true" });
-  mark.style.background = colour(name);
+  mark.style.background = `var(--${name})`;
   return mark;
 }

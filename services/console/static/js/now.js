@@ -1,7 +1,7 @@
 // The claim, and what happens now.
 
 import { Chart } from "./charts.js";
-import { $, h, replace, write } from "./dom.js";
+import { $, h, renew, replace, write } from "./dom.js";
 import { count, digits, missing, NONE, percent, span, time } from "./format.js";
 
 const seconds = (s) => (missing(s) ? null : 1_000 * s);
@@ -76,7 +76,7 @@ function flow(now) {
   const answer = now.recent.answer_p50_ms ?? now.answer_p50_ms;
   const teacher = missing(now.teacher_version) ? "no teacher yet" : `taught by teacher ${now.teacher_version}`;
   const version = missing(now.student_version) ? "No student yet" : `Student ${now.student_version}`;
-  replace($("flow"), [
+  renew($("flow"), [
     node(`${digits(now.recent.events_per_s)} events/s`, "Kafka"),
     hop("in", time(features)),
     node("Features", "Feast, Redis"),

@@ -1,8 +1,7 @@
 // The timeline of versions, their table, and what an operator may do with them.
 
-import { $, confirm, detail, h, replace, toast, write } from "./dom.js";
+import { $, confirm, detail, facts, h, replace, toast, write } from "./dom.js";
 import { ago, clock, count, missing, score } from "./format.js";
-import { facts } from "./learning.js";
 import { api } from "./net.js";
 
 const PAGE = 8;
