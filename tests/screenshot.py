@@ -15,8 +15,8 @@ from services.core.settings import Settings
 from tests.browser import chromium
 
 PICTURE = Path(__file__).parents[1] / "services/console/console.png"
-SIZE: ViewportSize = {"width": 1240, "height": 1120}
-COLOURS = 96  # the page has few, and the file a third of the size
+SIZE: ViewportSize = {"width": 1240, "height": 1390}
+COLOURS = 256  # the page has few, and the file is a third of the size
 SETTLE_MS = 6_000  # three looks
 
 
@@ -34,7 +34,9 @@ def main() -> None:
         page.wait_for_timeout(SETTLE_MS)
         taken = page.screenshot()
     picture = (
-        Image.open(io.BytesIO(taken)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        Image.open(io.BytesIO(taken))
+        .convert("RGB")
+        .quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     )
     picture.save(given.to, optimize=True)
     sys.stdout.write(f"{given.to}: {given.to.stat().st_size / 1024:.0f} KB\n")

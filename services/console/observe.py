@@ -82,8 +82,11 @@ class Observer:
         """Let latencies and freshness count from now on, not from the start of the processes."""
         self._marked = self._scraper.scrape()
 
-    def look(self) -> Snapshot:
-        """Ask everything that can be reached. Raises OSError where the registry can't be."""
+    def look(self, *, newest: int | None = None) -> Snapshot:
+        """Ask everything that can be reached. Raises OSError where the registry can't be.
+
+        `newest`: the newest student, where the caller has listed the registry already.
+        """
         samples = self.samples = self._scraper.scrape()
         stack = read_stack(self._settings)
 
@@ -96,7 +99,7 @@ class Observer:
 
         return Snapshot(
             at_ms=int(time.time() * 1000),
-            **self._learning(samples),
+            **self._learning(samples, newest),
             events_accepted=total(samples, "reflux_gateway_accepted_total"),
             events_dead=total(samples, "reflux_worker_dead_letters_total"),
             feature_lag_events=total(samples, "reflux_worker_lag_events"),
@@ -118,8 +121,8 @@ class Observer:
             endpoints=dict(self._scraper.reached),
         )
 
-    def _learning(self, samples: Samples) -> dict[str, Any]:
-        newest = self._registry.latest("student")
+    def _learning(self, samples: Samples, newest: int | None) -> dict[str, Any]:
+        newest = newest or self._registry.latest("student")
         kinds: tuple[Kind, ...] = ("teacher", "student")
         serving = {kind: self._serving(kind) for kind in kinds}
         found: dict[str, Any] = {"student_published": newest}

@@ -62,6 +62,10 @@ class Versions:
                 total[1] += events
         return {model: total / events for model, (total, events) in sums.items()}
 
+    def latest(self, kind: Kind) -> int | None:
+        """The newest version; None before the first."""
+        return max(self._known(kind), default=None)
+
     def newest(self, kind: str, n: int) -> list[Row]:
         """The newest `n`, oldest first."""
         return [row for (of_kind, _), row in self.rows.items() if of_kind == kind][-n:]

@@ -154,10 +154,10 @@ class Watcher:
             self._wake.clear()
 
     def _look(self) -> None:
-        snapshot = self._observer.look()
+        fresh, changed = self._versions.refresh()
+        snapshot = self._observer.look(newest=self._versions.latest("student"))
         self._looked_s = time.monotonic()
         recent = self._looks.add(self._looked_s, self._observer.samples)
-        fresh, changed = self._versions.refresh()
         quality = self._versions.quality()
         values = series_of(snapshot, recent, quality)
         self.now = {**snapshot.to_dict(), "recent": recent.to_dict(), "quality": quality}

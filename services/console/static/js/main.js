@@ -44,6 +44,7 @@ async function begin() {
 /** One look: a point more in every series, and new numbers. */
 function take(look) {
   latest = look;
+  if (look.at_ms <= (past.at.at(-1) ?? 0)) return draw(); // the past has it already
   past.at.push(look.at_ms);
   for (const name of new Set([...Object.keys(past.series), ...Object.keys(look.series)])) {
     past.series[name] ??= Array(past.at.length - 1).fill(null);
