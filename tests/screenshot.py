@@ -33,11 +33,8 @@ def main() -> None:
         page.locator(".link.live").wait_for()
         page.wait_for_timeout(SETTLE_MS)
         taken = page.screenshot()
-    picture = (
-        Image.open(io.BytesIO(taken))
-        .convert("RGB")
-        .quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
+    picture = Image.open(io.BytesIO(taken)).convert("RGB")
+    picture = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     picture.save(given.to, optimize=True)
     sys.stdout.write(f"{given.to}: {given.to.stat().st_size / 1024:.0f} KB\n")
 
