@@ -36,25 +36,35 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
+            # Those of one shape together: on a GPU launches cost more than the products.
+            alike: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
-                tall = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(orthogonal(ahead), alpha=-group["lr"] * tall)
+                if matrix.grad is not None:
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for (rows, columns), matrices in alike.items():
+                ahead = torch.stack([self._ahead(matrix, group["momentum"]) for matrix in matrices])
+                tall = max(1.0, rows / columns) ** 0.5
+                for matrix, update in zip(matrices, orthogonal(ahead), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update, alpha=-group["lr"] * tall)
+
+    def _ahead(self, matrix: Tensor, momentum: float) -> Tensor:
+        """Nesterov's: the gradient blended with the momentum that it has just moved."""
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if not state:
+            state["momentum"] = torch.zeros_like(matrix)
+        state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["momentum"], momentum)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T: S becomes .7 to 1.2."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of each one's singular value decomposition U S V^T: S becomes .7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp_min(1e-7)
+    is_wide = matrices.shape[1] <= matrices.shape[2]
+    wide = matrices if is_wide else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if is_wide else x.mT

@@ -38,6 +38,7 @@ class _FullSoftmax(torch.autograd.Function):
     while they are there (softmax - one-hot, times what it came from)."""
 
     BLOCK = 128
+    GPU_BLOCK = 4096  # there a launch costs more than a pass over the scores
 
     @staticmethod
     def forward(
@@ -53,8 +54,9 @@ class _FullSoftmax(torch.autograd.Function):
         d_table_VD = torch.zeros_like(table_VD)
         d_bias_V = torch.zeros_like(bias_V)
         total = hidden_ND.new_zeros(())
-        for at in range(0, len(targets_N), _FullSoftmax.BLOCK):
-            block = slice(at, at + _FullSoftmax.BLOCK)
+        size = _FullSoftmax.GPU_BLOCK if hidden_ND.is_cuda else _FullSoftmax.BLOCK
+        for at in range(0, len(targets_N), size):
+            block = slice(at, at + size)
             hidden, target, share = hidden_ND[block], targets_N[block], share_N[block, None]
             logits = torch.addmm(bias_V, hidden, table_VD.T)
             logits[:, 0] = -torch.inf
