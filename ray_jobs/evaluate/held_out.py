@@ -18,7 +18,8 @@ from ray_jobs.evaluate.events import Events, LogChoice
 from ray_jobs.evaluate.judging import Past, Scores, Trending, forward_ms, walk
 from ray_jobs.evaluate.options import Options
 from ray_jobs.evaluate.results import Bootstrap, Cost, Outcome
-from ray_jobs.evaluate.rows import Job, Say
+from ray_jobs.evaluate.rows import Job, Say, peak_mb
+from ray_jobs.recipes import TrainConfig
 from ray_jobs.teacher_data import history_of
 from ray_jobs.teacher_training import Trained, train
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS
@@ -95,7 +96,7 @@ def _teacher(given: Given, say: Say) -> dict[str, Outcome]:
         f"training on {first:,} events: {limits.max_epochs} epochs or {limits.max_train_s:.0f} s",
     )
     trained = trained_on(log, first, given)
-    model = trained.model
+    model = trained.model.to(device_of(given.recipe.train))
     say(0.95, f"ranking {len(log) - first:,} events")
     outcome = walk(
         Frozen(model, log, first),
@@ -109,6 +110,7 @@ def _teacher(given: Given, say: Say) -> dict[str, Outcome]:
         parameters=model.n_parameters,
         forward_ms=forward_ms(model, context=2 * model.config.max_len),
         train_s=trained.metrics["elapsed_s"],
+        peak_mb=peak_mb(),
     )
     notes = {name: trained.metrics[name] for name in ("step", "loss")}
     return {"teacher": replace(outcome, cost=cost, notes=notes)}
@@ -128,6 +130,11 @@ def trained_on(log: Events, first: int, given: Given) -> Trained:
     )
 
 
+def device_of(train: TrainConfig) -> str:
+    """Where a teacher is judged: where it was trained."""
+    return "cuda" if train.use_gpu else "cpu"
+
+
 class Frozen:
     """A ranker of the events from `first` on, each from all its user had before it.
 
@@ -136,30 +143,36 @@ class Frozen:
 
     def __init__(self, model: Teacher, log: Events, first: int) -> None:
         self._model, self._first = model.eval(), first
+        self._device = model.bias_V.device
         with torch.no_grad():
-            self._table_VD = model.encoder.item_table()
+            self.table_VD = model.encoder.item_table()
             self._hidden_HD = self._read(log)
 
     @torch.no_grad()
     def step(self, at: slice) -> Scores:
-        held = slice(at.start - self._first, at.stop - self._first)
-        scores_MV = self._model.scores(self._hidden_HD[held], table_VD=self._table_VD)
-        scores: Scores = scores_MV.numpy()
+        scores_MV = self._model.scores(self.hidden(at), table_VD=self.table_VD)
+        scores: Scores = scores_MV.cpu().numpy()
         return scores
+
+    def hidden(self, at: slice) -> Tensor:
+        """hidden_MD that predict the events there; zeros where a user had none before."""
+        return self._hidden_HD[at.start - self._first : at.stop - self._first]
 
     def _read(self, log: Events) -> Tensor:
         order_N = np.argsort(log.user_N, kind="stable")
         sequences = sequences_of(
             log.user_N, log.row_N, log.type_N.tolist(), log.time_ms_N, log.value_N
         )
-        hidden_HD = torch.zeros(len(log) - self._first, self._table_VD.shape[1])
+        hidden_HD = self.table_VD.new_zeros(len(log) - self._first, self.table_VD.shape[1])
         for start, end in pairwise(sequences.starts):
             # Held-out events are their user's last; the first of all has nothing before it.
             begin = max(start + int(np.searchsorted(order_N[start:end], self._first)), start + 1)
             if begin < end:
                 seen = slice(max(start, begin - 2 * self._model.config.max_len), end - 1)
-                features = [torch.from_numpy(c[None, seen]) for c in sequences.features]
-                hidden_LD = self._model(*features, table_VD=self._table_VD)[0]
-                held = torch.from_numpy(order_N[begin:end] - self._first)
+                features = [
+                    torch.from_numpy(c[None, seen]).to(self._device) for c in sequences.features
+                ]
+                hidden_LD = self._model(*features, table_VD=self.table_VD)[0]
+                held = torch.from_numpy(order_N[begin:end] - self._first).to(self._device)
                 hidden_HD[held] = hidden_LD[begin - end :]
         return hidden_HD

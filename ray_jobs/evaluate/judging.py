@@ -5,6 +5,7 @@ The same rules as `ray_jobs.ranking`, by which the distillation job scores itsel
 Shapes: N events of the log, M of them at a time, S (event, seen row) pairs, V catalog rows.
 """
 
+import copy
 import time
 from typing import Protocol
 
@@ -119,7 +120,7 @@ def forward_ms(model: Recommender, *, context: int, times: int = 20) -> float:
     """Median time of one user's scores over the catalog: `context` events, one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model.eval()
+    model = copy.deepcopy(model).cpu().eval()
     features = [torch.ones(1, context, dtype=torch.long) for _ in range(3)]
     table_VD = model.encoder.item_table()
     took_s = []

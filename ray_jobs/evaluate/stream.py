@@ -18,7 +18,13 @@ from ray_jobs.evaluate.judging import Past, walk
 from ray_jobs.evaluate.options import Options
 from ray_jobs.evaluate.results import Bootstrap, Cost, Outcome
 from ray_jobs.evaluate.rows import Job, Say, peak_mb
-from ray_jobs.evaluate.stream_teachers import Chain, judge_chain, kept_teachers, train_chain
+from ray_jobs.evaluate.stream_teachers import (
+    Chain,
+    judge_chain,
+    judge_recalibrated,
+    kept_teachers,
+    train_chain,
+)
 from ray_jobs.evaluate.students import distil
 from ray_jobs.recipes import Recipe
 
@@ -27,6 +33,7 @@ TEACHERS: Final = "teachers"  # the job that trains them, without a row of its o
 
 BASELINES: Final = ("popularity", "ease", "markov", "factorisation")
 USUAL: Final = (*BASELINES, "stale-teacher", "teacher", "frozen", "hard", "distilled")
+RECALIBRATED: Final = "recalibrated-stale-teacher"
 NOISY: Final = ("popularity", "markov", "teacher", "hard", "distilled")
 
 
@@ -74,7 +81,7 @@ class Given:
 def jobs(options: Options) -> list[Job]:
     """The rows asked for, the usual ones by default; with noise each also on the clean log."""
     rows = options.rows or (NOISY if options.noise else USUAL)
-    known = (*USUAL, *ABLATIONS)
+    known = (*USUAL, RECALIBRATED, *ABLATIONS)
     if unknown := [row for row in rows if row not in known]:
         raise ValueError(f"--rows {','.join(unknown)}: choose of {', '.join(known)}")
     recipe = recipes.load(options.recipe)
@@ -165,8 +172,11 @@ def _teacher(given: Given, say: Say) -> dict[str, Outcome]:
     """The teacher with all the context that it can use, refreshed or as the stream began."""
     assert given.chain is not None
     events = load(given.log)
-    stale = given.ranker == "stale-teacher"
-    outcome = judge_chain(given.chain, events, stale=stale, say=say)
+    if given.ranker == RECALIBRATED:
+        outcome = judge_recalibrated(given.chain, events, say=say)
+    else:
+        stale = given.ranker == "stale-teacher"
+        outcome = judge_chain(given.chain, events, stale=stale, say=say)
     return {_named(given.ranker, given.log.noise): outcome}
 
 
@@ -210,6 +220,9 @@ COMPARISONS: Final[dict[str, Callable[[Any], Any]]] = {
     "distilled / hard - 1": lambda m: m["distilled"] / m["hard"] - 1,
     "distilled / frozen - 1": lambda m: m["distilled"] / m["frozen"] - 1,
     "teacher / stale-teacher - 1": lambda m: m["teacher"] / m["stale-teacher"] - 1,
+    "recalibrated-stale-teacher / stale-teacher - 1": lambda m: (
+        m[RECALIBRATED] / m["stale-teacher"] - 1
+    ),
     "distilled - markov": lambda m: m["distilled"] - m["markov"],
 }
 

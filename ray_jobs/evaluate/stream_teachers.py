@@ -5,17 +5,19 @@ Kept by what they depend on, so that every row and every ablation of one log sha
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ray_jobs import recipes
 from ray_jobs.evaluate.baselines import Refreshed
 from ray_jobs.evaluate.events import Events, LogChoice, load
-from ray_jobs.evaluate.held_out import Frozen
+from ray_jobs.evaluate.held_out import Frozen, device_of
 from ray_jobs.evaluate.judging import STEP_EVENTS, Past, Scores, forward_ms, walk
 from ray_jobs.evaluate.results import Cost, Outcome
 from ray_jobs.evaluate.rows import Say, peak_mb
@@ -24,9 +26,12 @@ from ray_jobs.labels import aligned
 from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.teacher_data import history_of
 from ray_jobs.teacher_training import train
+from services.core import losses
 from services.core.models.encoder import EncoderConfig
+from services.core.models.teacher import Teacher
 
 COST = "cost.json"
+ADAPTER_RATE = 1e-3  # Adam's; chosen beforehand, not on any event of the stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,62 @@ def kept_teachers(chain: Chain, events: Events) -> dict[int, Path]:
     return {until: chain.folder / str(until) for until in chain.places(events)}
 
 
+class Recalibrated:
+    """A frozen teacher behind a small adapter that learns every event at once, from what happened:
+    hidden + hidden W, and a bias for each row."""
+
+    def __init__(self, model: Teacher, events: Events, past: Past, first: int) -> None:
+        self._frozen = Frozen(model, events, first)
+        self._events, self._past = events, past
+        self._bias_V = torch.nn.Parameter(model.bias_V.detach().clone())
+        dim = model.config.dim
+        self._turn_DD = torch.nn.Parameter(torch.zeros(dim, dim, device=self._bias_V.device))
+        self._optimizer = torch.optim.AdamW([self._turn_DD, self._bias_V], lr=ADAPTER_RATE)
+
+    def step(self, at: slice) -> Scores:
+        table_VD, hidden_MD = self._frozen.table_VD, self._frozen.hidden(at)
+        moved_MD = hidden_MD + hidden_MD @ self._turn_DD
+        scores: Scores = torch.addmm(self._bias_V, moved_MD, table_VD.T).detach().cpu().numpy()
+        lasts = [self._past.of(event) for event in range(at.start, at.stop)]
+        seen_ML = np.zeros((len(lasts), max(map(len, lasts)) + 1), np.int64)
+        for place, rows in enumerate(lasts):
+            seen_ML[place, : len(rows)] = rows
+        target_M = torch.from_numpy(self._events.row_N[at]).to(moved_MD.device)
+        weight_M = torch.from_numpy(self._past.place_N[at] > 0).to(moved_MD)
+        loss = losses.full_softmax(
+            moved_MD,
+            table_VD,
+            self._bias_V,
+            target_M,
+            weight_M,
+            seen_NL=torch.from_numpy(seen_ML).to(moved_MD.device),
+        )
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return scores
+
+
+def judge_recalibrated(chain: Chain, events: Events, *, say: Say) -> Outcome:
+    """The first teacher's ranks of all events, `Recalibrated`."""
+    first = events.half
+    catalog = events.catalog(len(events))
+    ids = catalog.ids(range(1, len(catalog)))
+    model = aligned(
+        *load_teacher(kept_teachers(chain, events)[first]), item_ids=ids, content=catalog.content
+    )
+    past = Past(events.user_N, events.row_N)
+    begin_s = time.monotonic()
+    ranker = Recalibrated(model.to(device_of(chain.train)), events, past, first)
+    outcome = walk(ranker, events, past, first=first, last=len(events), say=say)
+    cost = Cost(
+        parameters=model.n_parameters + model.config.dim**2,
+        train_s=time.monotonic() - begin_s,
+        peak_mb=peak_mb(),
+    )
+    return replace(outcome, cost=cost)
+
+
 def judge_chain(chain: Chain, events: Events, *, stale: bool, say: Say) -> Outcome:
     """The teachers' ranks, each of the events until the next one; `stale`: the first one's of all.
 
@@ -124,6 +185,7 @@ def judge_chain(chain: Chain, events: Events, *, stale: bool, say: Say) -> Outco
     def fit(at: int) -> Callable[[slice], Scores]:
         teacher, own = load_teacher(kept[first if stale else max(p for p in kept if p <= at)])
         model = aligned(teacher, own, item_ids=ids, content=catalog.content)
+        model.to(device_of(chain.train))
         segment = events.until(at + every + STEP_EVENTS)  # steps don't end where fits are due
         return Frozen(model, segment, at).step
 

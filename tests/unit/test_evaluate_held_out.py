@@ -11,6 +11,8 @@ import torch
 from ray_jobs import recipes
 from ray_jobs.evaluate.events import LogChoice
 from ray_jobs.evaluate.held_out import Frozen, Given, split_of
+from ray_jobs.evaluate.judging import Past
+from ray_jobs.evaluate.stream_teachers import Recalibrated
 from services.core.models.encoder import EncoderConfig
 from services.core.models.sequences import features_of
 from services.core.models.teacher import Teacher
@@ -74,3 +76,23 @@ def test_each_is_predicted_from_all_before_it(path: Path, split: str) -> None:
             hidden_1LD = model(*(torch.from_numpy(column[None]) for column in features))
             expected_V = model.scores(hidden_1LD[:, -1])[0]
         np.testing.assert_allclose(scores_HV[event - first], expected_V, atol=1e-5)
+
+
+def test_an_adapter_predicts_as_the_frozen_teacher_does_and_learns_only_then(path: Path) -> None:
+    log, first = split_of(given(path, "successive"))
+    torch.manual_seed(0)
+    config = EncoderConfig(dim=16, n_layers=1, n_heads=2, max_len=64)
+    model = Teacher(config, n_rows=len(log.item_ids)).eval()
+    frozen = Frozen(model, log, first)
+    past = Past(log.user_N, log.row_N)
+    adapted = Recalibrated(model, log, past, first)
+    at = slice(first, len(log))
+    place = np.flatnonzero(past.place_N[at] > 0)
+    target = log.row_N[at][place]
+    before_HV = adapted.step(at)
+    np.testing.assert_allclose(before_HV[:, 1:], frozen.step(at)[:, 1:], rtol=1e-4, atol=1e-4)
+    for _ in range(30):
+        after_HV = adapted.step(at)
+    gained = after_HV[place, target] - after_HV[place].mean(1)
+    had = before_HV[place, target] - before_HV[place].mean(1)
+    assert gained.mean() > had.mean() + 0.01
