@@ -71,16 +71,18 @@ def rank(
     known_rows: int,
 ) -> Ranks:
     """Ranks (M,) of the targets in `part` by their scores; see `predict`."""
-    scores_MV = scores_MV[:, :known_rows].cpu()
-    n_rows = scores_MV.shape[1]
-    cold_M = torch.from_numpy(batch.at_N[part] == COLD)
-    scores_MV[cold_M] = torch.from_numpy(popularity[:n_rows]).to(scores_MV.dtype)
-    target_M = torch.from_numpy(batch.target_N[part])
+    scores_MV = scores_MV[:, :known_rows]
+    n_rows, device = scores_MV.shape[1], scores_MV.device
+    cold = np.flatnonzero(batch.at_N[part] == COLD)
+    if len(cold):
+        trending_V = torch.from_numpy(popularity[:n_rows]).to(device, scores_MV.dtype)
+        scores_MV[torch.from_numpy(cold).to(device)] = trending_V
+    target_M = torch.from_numpy(batch.target_N[part]).to(device)
     target_M = torch.where(target_M < n_rows, target_M, 0)  # row 0: a miss
-    ranks_M = ranks_of(scores_MV, target_M, seen_NV=batch.seen(n_rows, part))
+    ranks_M = ranks_of(scores_MV, target_M, seen_NV=batch.seen(n_rows, part).to(device))
     # Nothing compares with NaN: without this, broken scores would rank first.
-    broken_M = ~torch.isfinite(scores_MV[:, 1:]).all(1)
-    found: Ranks = torch.where(broken_M, MISS, ranks_M).numpy()
+    broken_M = ~torch.isfinite(scores_MV[:, 1:].sum(1))
+    found: Ranks = torch.where(broken_M, MISS, ranks_M).cpu().numpy()
     return found
 
 

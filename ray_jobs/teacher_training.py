@@ -134,7 +134,10 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)},
+            resources_per_worker={
+                "CPU": train.cpus_per_worker,
+                "GPU": train.gpu_share if train.use_gpu else 0.0,
+            },
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -152,10 +155,17 @@ class NextItemLoss(nn.Module):
     log_q_V: Tensor
 
     def __init__(
-        self, model: Teacher, *, popularity: NDArray[np.float64], negatives: int, mask_seen: bool
+        self,
+        model: Teacher,
+        *,
+        popularity: NDArray[np.float64],
+        negatives: int,
+        mask_seen: bool,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.bf16 = bf16
         self.negatives = negatives
         self.mask_seen = mask_seen
         q_V = torch.tensor(popularity).float().pow(0.75)
@@ -166,7 +176,9 @@ class NextItemLoss(nn.Module):
         self, rows_BL: Tensor, types_BL: Tensor, gaps_BL: Tensor, segments_BL: Tensor, y_BL: Tensor
     ) -> Tensor:
         table_VD = self.model.encoder.item_table()
-        hidden_BLD = self.model(rows_BL, types_BL, gaps_BL, segments_BL, table_VD=table_VD)
+        with torch.autocast(rows_BL.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden_BLD = self.model(rows_BL, types_BL, gaps_BL, segments_BL, table_VD=table_VD)
+        hidden_BLD = hidden_BLD.float()
         hidden_ND, target_N = hidden_BLD[y_BL > 0], y_BL[y_BL > 0]
         bias_V = self.model.bias_V
         if self.negatives == 0:
@@ -203,6 +215,7 @@ def train_worker(config: dict[str, Any]) -> None:
             popularity=run.popularity,
             negatives=train.sampled_negatives,
             mask_seen=train.mask_seen,
+            bf16=train.bf16,
         )
     )
     optimizers = optimizers_of(model, learning_rate=run.learning_rate, train=train)

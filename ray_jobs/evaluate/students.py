@@ -90,7 +90,8 @@ class ArrayTeachers:
         self._catalog = catalog
         if self._loaded is not None:
             ids = catalog.ids(range(1, len(catalog)))
-            self._aligned = aligned(*self._loaded, item_ids=ids, content=catalog.content)
+            moved = aligned(*self._loaded, item_ids=ids, content=catalog.content)
+            self._aligned = moved.to("cuda" if self._config.label_gpus else "cpu")
 
     def look(self) -> None:
         version = max((at for at in self._kept if at <= self._source.at), default=None)
