@@ -22,10 +22,12 @@ test: check chromium
 
 # The page is tested in a real browser: any Chromium on PATH, else Debian's.
 chromium:
-	@command -v chromium chromium-browser google-chrome google-chrome-stable > /dev/null \
-	  || { sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
-	       $$sudo apt-get update -qq \
-	       && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -yqq --no-install-recommends chromium; }
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name > /dev/null && exit 0; \
+	done; \
+	sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -yqq --no-install-recommends chromium
 
 check: install
 	$(BIN)/ruff check .
