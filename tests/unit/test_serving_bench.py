@@ -81,6 +81,7 @@ def test_figures_are_ratios_within_the_run() -> None:
             per_s=per_s,
             from_due_ms=times,
             from_sent_ms=times,
+            mean_ms=1.0,
             own_cpu_s=0.0,
         )
         return Row(
@@ -89,7 +90,7 @@ def test_figures_are_ratios_within_the_run() -> None:
             phase=phase,
             rate=0,
             measured=measured,
-            cpu_ms=cpu_ms,
+            cpu_us={"replica": 600 * cpu_ms, "HAProxy": 400 * cpu_ms},
             memory_bytes=0,
         )
 

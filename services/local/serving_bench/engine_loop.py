@@ -55,6 +55,7 @@ def main() -> None:
         per_s=len(latencies_s) / (time.perf_counter() - began_s),
         from_due_ms=times_ms,
         from_sent_ms=times_ms,
+        mean_ms=1000 * sum(latencies_s) / max(1, len(latencies_s)),
         own_cpu_s=time.process_time() - cpu_s,
     )
     json.dump(asdict(measured), sys.stdout)

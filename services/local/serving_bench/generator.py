@@ -55,6 +55,7 @@ class Measured:
     per_s: float
     from_due_ms: dict[str, float]
     from_sent_ms: dict[str, float]
+    mean_ms: float  # from sent
     own_cpu_s: float
 
 
@@ -119,6 +120,7 @@ class Load:
             per_s=answered / took_s,
             from_due_ms=quantiles_ms(self.from_due_s),
             from_sent_ms=quantiles_ms(self.from_sent_s),
+            mean_ms=1000 * sum(self.from_sent_s) / max(1, len(self.from_sent_s)),
             own_cpu_s=cpu_s,
         )
 

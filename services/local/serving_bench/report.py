@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.local.serving_bench.generator import Measured
-from services.local.serving_bench.run import CLOSED, OPEN, SWAPS, Row
-from services.local.serving_bench.subjects import ENDPOINT, ENGINE, NOOP
+from services.local.serving_bench.run import CLOSED, ONE, OPEN, SWAPS, Row
+from services.local.serving_bench.subjects import ENDPOINT, ENGINE, NOOP, WHOLE
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         ratio(
             f"{about}CPU per answer, endpoint / no-op",
             cpu(ENDPOINT, items),
-            cpu(NOOP, items),
+            cpu(NOOP, sizes[0]),
             "<= 1.5",
         )
         ratio(
@@ -71,6 +71,19 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
                 p99(subject, sizes[0], OPEN),
                 "<= 2",
             )
+    return found
+
+
+def stages(row: Row) -> list[tuple[str, float]]:
+    """Where the time of an answer goes, in µs: what contains the others first. Pure."""
+    client_us = 1000 * row.measured.mean_ms
+    told = dict(row.stages_us)
+    whole_us = told.pop(WHOLE, None)
+    found = [("from request to answer, as the client sees it", client_us)]
+    if whole_us is not None:
+        found += [("  proxy, sockets, ASGI server", client_us - whole_us), ("  the app", whole_us)]
+        found += [(f"    {stage}", us) for stage, us in told.items()]
+        found += [("    the rest: validation, JSON, metrics", whole_us - sum(told.values()))]
     return found
 
 
@@ -109,6 +122,16 @@ def render(rows: Sequence[Row], ceiling: Measured | None) -> None:
         "was sent.\nCPU of the subject's processes per answer (with the proxy and Serve's actors); "
         f"what the generator can do: {most} answers/s. Shed: 503 with Retry-After.\n"
     )
+    by = {(row.subject, row.items, row.phase): row for row in rows}
+    for row in rows:
+        closed = (row.subject, row.items, CLOSED) in by
+        if closed and row.phase == ONE and row.subject in (ENDPOINT, NOOP):
+            parts = Table(f"{row.subject}, {row.items:,} items, {ONE}", "µs", box=None)
+            for stage, us in stages(row):
+                parts.add_row(stage, f"{us:,.0f}")
+            for part, us in by[row.subject, row.items, CLOSED].cpu_us.items():
+                parts.add_row(f"CPU at saturation: {part}", f"{us:,.0f}")
+            console.print(parts, "")
     judged = Table("figure", "measured", "reach", box=None)
     for figure in figures(rows):
         judged.add_row(figure.name, f"{figure.value:.2f}", figure.reach)

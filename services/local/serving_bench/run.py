@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -31,8 +31,9 @@ OPEN: Final = "open"
 SWAPS: Final = "open, swaps"
 INGEST: Final = "open, ingest"
 FLOOD: Final = "flood"
+ONE: Final = "one at a time"
 WARM_UP_S: Final = 2.0
-CONNECTIONS: Final = {CLOSED: 16, OPEN: 64}  # an open loop must not run out of them
+CONNECTIONS: Final = {ONE: 1, CLOSED: 16, OPEN: 64}  # an open loop must not run out of them
 ANSWERS: Final = 10
 MAX_ONGOING: Final = 16  # at work in one replica, deploy/serve.yaml says
 
@@ -46,9 +47,14 @@ class Row:
     phase: str
     rate: float  # asked for per second; 0: as many as possible
     measured: Measured
-    cpu_ms: float  # per answer, of the subject's processes
+    cpu_us: dict[str, float]  # per answer, by the subject's processes
+    stages_us: dict[str, float] = field(default_factory=dict)  # per answer, as the app tells
     memory_bytes: int
     happened: int = 0  # swaps or events meanwhile
+
+    @property
+    def cpu_ms(self) -> float:
+        return sum(self.cpu_us.values()) / 1000
 
     @property
     def shed(self) -> int:
@@ -106,6 +112,8 @@ class Bench:
                 artifact = world.Artifact.make(own, self._users.log, items=items)
                 artifact.publish("bench")
                 for name in wanted.names:
+                    if name == NOOP and items > min(wanted.items):
+                        continue  # it knows of no items
                     yield from self._subject(name, items, own, artifact)
         finally:
             stack.stop()
@@ -146,7 +154,7 @@ class Bench:
                 phase="loop",
                 rate=0.0,
                 measured=measured,
-                cpu_ms=1000 * measured.own_cpu_s / max(1, measured.answers),
+                cpu_us={ENGINE: 1e6 * measured.own_cpu_s / max(1, measured.answers)},
                 memory_bytes=0,
             )
             return
@@ -157,11 +165,12 @@ class Bench:
             started = subjects.alone(name, settings, settings.logs)
         with started as subject:
             self._load(settings, subject.url, seconds=WARM_UP_S)
+            yield self._phase(subject, items, ONE, settings)
             closed = self._phase(subject, items, CLOSED, settings)
             yield closed
             half = closed.measured.per_s / 2
             yield self._phase(subject, items, OPEN, settings, rate=half)
-            if name == NOOP:
+            if name == NOOP or items > min(self._wanted.items):
                 return
             if name == ENDPOINT:
                 yield self._phase(subject, items, FLOOD, settings)
@@ -181,8 +190,9 @@ class Bench:
         rate: float = 0.0,
         happened: Callable[[], int] = lambda: 0,
     ) -> Row:
-        cpu_s, before = subject.cpu_s(), happened()
-        connections = CONNECTIONS[OPEN if rate else CLOSED]
+        headers = settings.keys.header("operate")
+        before, cpu_s, stages = happened(), subject.cpu_s(), subject.stages(headers)
+        connections = CONNECTIONS[OPEN if rate else phase if phase in CONNECTIONS else CLOSED]
         if phase == FLOOD:  # as many again as may be at work and in the queues
             replicas = max(settings.replicas, settings.max_replicas)
             connections = 2 * replicas * (MAX_ONGOING + settings.answer_queue)
@@ -190,14 +200,15 @@ class Bench:
         measured = self._load(
             settings, subject.url, seconds=seconds, rate=rate, connections=connections
         )
-        cpu_s = subject.cpu_s() - cpu_s
+        spent = {part: used - cpu_s.get(part, 0.0) for part, used in subject.cpu_s().items()}
         row = Row(
             subject=subject.name,
             items=items,
             phase=phase,
             rate=rate,
             measured=measured,
-            cpu_ms=1000 * cpu_s / max(1, measured.answers),
+            cpu_us={part: 1e6 * used / max(1, measured.answers) for part, used in spent.items()},
+            stages_us=_per_answer_us(stages, subject.stages(headers)),
             memory_bytes=subject.memory_bytes(),
             happened=happened() - before,
         )
@@ -267,6 +278,17 @@ frontend ceiling
     bind 127.0.0.1:{port}
     http-request return status 200 content-type application/json string "{{}}"
 """
+
+
+def _per_answer_us(
+    before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]
+) -> dict[str, float]:
+    found = {}
+    for stage, (seconds, count) in after.items():
+        seconds_before, count_before = before.get(stage, (0.0, 0.0))
+        if count > count_before:
+            found[stage] = 1e6 * (seconds - seconds_before) / (count - count_before)
+    return found
 
 
 def _with_catalog(settings: Settings, items: int) -> Settings:

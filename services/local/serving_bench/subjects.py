@@ -1,6 +1,7 @@
 """Who answers in the bench. Each starts, says where it listens and which processes it is, ends."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Final
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from services.core.settings import Settings
 from services.local import processes
@@ -18,6 +20,7 @@ from services.local.stack import Stack
 ENDPOINT: Final = "endpoint"
 NOOP: Final = "noop"
 ENGINE: Final = "engine"
+WHOLE: Final = "answer"  # the stage that has all the others in it
 NAMES: Final = (ENGINE, "uvicorn", "litserve", NOOP, ENDPOINT)
 ON_RAY: Final = {
     NOOP: "services.local.serving_bench.noop:build",
@@ -37,9 +40,30 @@ class Subject:
     url: str
     family: Callable[[], list[psutil.Process]]
 
-    def cpu_s(self) -> float:
-        """CPU that its processes have used so far."""
-        return sum(_cpu_s(process) for process in self.family())
+    def cpu_s(self) -> dict[str, float]:
+        """CPU that its processes have used so far, by what they are."""
+        used: defaultdict[str, float] = defaultdict(float)
+        for process in self.family():
+            used[_part(process)] += _cpu_s(process)
+        return dict(used)
+
+    def stages(self, headers: dict[str, str]) -> dict[str, tuple[float, float]]:
+        """Seconds and answers so far of the app's own stages; none where it doesn't tell."""
+        try:
+            found = httpx.get(f"{self.url}/metrics", headers=headers, timeout=10.0)
+        except httpx.TransportError:
+            return {}
+        if found.status_code != 200:
+            return {}
+        sums: dict[str, dict[str, float]] = {"sum": {}, "count": {}}
+        for family in text_string_to_metric_families(found.text):
+            if family.name not in ("reflux_answer_seconds", "reflux_answer_stage_seconds"):
+                continue
+            for sample in family.samples:
+                kind = sample.name.rpartition("_")[2]
+                if kind in sums:
+                    sums[kind][sample.labels.get("stage", WHOLE)] = sample.value
+        return {stage: (total, sums["count"][stage]) for stage, total in sums["sum"].items()}
 
     def memory_bytes(self) -> int:
         """What they hold, shared pages divided among who shares them."""
@@ -93,15 +117,21 @@ def _family(pid: int) -> list[psutil.Process]:
 
 def _serve_processes(head: int) -> list[psutil.Process]:
     """HAProxy and Serve's actors: replicas, proxy, controller. Not what Ray runs for everybody."""
-    return [process for process in _family(head) if _is_serve(process)]
+    return [one for one in _family(head) if _part(one) not in ("gone", "the server")]
 
 
-def _is_serve(process: psutil.Process) -> bool:
+def _part(process: psutil.Process) -> str:
     try:
         command = process.cmdline()
     except psutil.NoSuchProcess:
-        return False
-    return bool(command) and ("haproxy" in Path(command[0]).name or command[0].startswith("ray::"))
+        return "gone"
+    if not command:
+        return "gone"
+    if "haproxy" in Path(command[0]).name:
+        return "HAProxy"
+    if command[0].startswith("ray::"):
+        return "replica" if "ServeReplica" in command[0] else "Serve's other actors"
+    return "the server"
 
 
 def _cpu_s(process: psutil.Process) -> float:
