@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,10 +10,11 @@ import typer
 
 from services.core.errors import RefluxError
 from services.local.bench import app as bench_app
+from services.local.model_commands import app as models_app
 
 if TYPE_CHECKING:
     from services.core.settings import Settings
-    from services.local.jobs import Jobs
+    from services.local.jobs import JobKind, Jobs
 
 app = typer.Typer(
     help="A real-time recommender that never stops learning.",
@@ -25,7 +27,6 @@ dead_app = typer.Typer(help="Records that were refused, with the reason.", no_ar
 features_app = typer.Typer(help="The online store.", no_args_is_help=True)
 teacher_app = typer.Typer(help="The large model, refreshed periodically.", no_args_is_help=True)
 student_app = typer.Typer(help="The distillation job.", no_args_is_help=True)
-models_app = typer.Typer(help="Published versions.", no_args_is_help=True)
 app.add_typer(events_app, name="events")
 events_app.add_typer(dead_app, name="dead")
 app.add_typer(features_app, name="features")
@@ -35,7 +36,6 @@ app.add_typer(student_app, name="student")
 app.add_typer(models_app, name="models")
 
 Kind = Literal["teacher", "student"]
-KindArgument = Annotated[Kind, typer.Argument(help="which model")]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable")]
 AddressOption = Annotated[
     str, typer.Option(help="Ray's dashboard URL, http://host:8265; default: the setting's")
@@ -172,8 +172,16 @@ def recommend(
     recent: Annotated[list[str] | None, typer.Option(help="recent item, oldest first")] = None,
     category: Annotated[list[str] | None, typer.Option(help="only items of this category")] = None,
     as_json: JsonOption = False,
+    all_users: Annotated[bool, typer.Option(help="everyone in the log, by a Ray job")] = False,
+    out: Annotated[str, typer.Option(help="with it: a new directory or URI, for Parquet")] = "",
 ) -> None:
-    """Ask the running stack for recommendations."""
+    """Ask the running stack for recommendations; --all-users: write everybody's to --out."""
+    if all_users:
+        where = out if "://" in out else str(Path(out).absolute())
+        if not out:
+            raise RefluxError("--all-users writes to --out DIR, a new directory or an s3:// URI")
+        _submit("everyone", wait=True, address="", arguments=["--out", where, "-n", str(n)])
+        return
     from services.local.client import Client
 
     answer = Client(_settings()).recommend(
@@ -302,53 +310,6 @@ def student_status(address: AddressOption = "") -> None:
     _print_jobs("student", address)
 
 
-@models_app.command("list")
-def models_list(kind: KindArgument = "student", as_json: JsonOption = False) -> None:
-    """Versions with their metrics, lineage and the gate's word."""
-    from services.local.models import list_models, render_models
-
-    rows = list_models(_settings(), kind)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        render_models(rows)
-
-
-@models_app.command("show")
-def models_show(kind: KindArgument, version: int) -> None:
-    """One version's whole manifest."""
-    from services.core.registry import Registry
-
-    print(json.dumps(Registry(_settings().registry).manifest(kind, version), indent=2))
-
-
-@models_app.command("promote")
-def models_promote(kind: KindArgument, version: int, reason: str = "by hand") -> None:
-    """Let a published version serve, and hold it: newer ones wait until `release`."""
-    from services.core.registry import Registry
-
-    Registry(_settings().registry).promote(kind, version, reason, hold=True)
-    print(f"{kind} {version} serves and is held; `reflux models release {kind}` ends that")
-
-
-@models_app.command("rollback")
-def models_rollback(kind: KindArgument = "student") -> None:
-    """Let the version that served before serve again, and hold it until `release`."""
-    from services.core.registry import Registry
-
-    version = Registry(_settings().registry).roll_back(kind)
-    print(f"{kind} {version} serves again and is held; `reflux models release {kind}` ends that")
-
-
-@models_app.command("release")
-def models_release(kind: KindArgument = "student") -> None:
-    """Let the learning job promote again."""
-    from services.core.registry import Registry
-
-    Registry(_settings().registry).release(kind)
-    print(f"newer {kind} versions that pass the gate will serve")
-
-
 def parse_duration_s(text: str) -> float:
     """Seconds in `90`, `90s`, `5m` or `1h`."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -379,15 +340,12 @@ def _jobs(address: str = "") -> "Jobs":
     return Jobs(settings, embedded=False, elsewhere=True)
 
 
-def _submit(kind: Kind, *, wait: bool, address: str) -> None:
+def _submit(kind: "JobKind", *, wait: bool, address: str, arguments: Sequence[str] = ()) -> None:
     jobs = _jobs(address)
-    submission_id = jobs.submit(kind)
+    submission_id = jobs.submit(kind, arguments)
     print(f"submitted {submission_id}; `ray job logs {submission_id}` shows it at work")
     if wait:
-        job = jobs.wait(submission_id, timeout_s=24 * 3600.0)
-        print(jobs.logs(submission_id))
-        if job.status != "SUCCEEDED":
-            raise RefluxError(f"{submission_id} {job.status.lower()}: {job.message}")
+        jobs.follow(submission_id, print)
 
 
 def _print_jobs(kind: Kind, address: str) -> None:

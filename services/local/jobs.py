@@ -3,18 +3,21 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from services.core.errors import RefluxError, UnavailableError
 from services.core.registry import Kind
 from services.core.settings import Settings
 
-MODULES: dict[Kind, str] = {
+JobKind = Kind | Literal["everyone"]
+
+MODULES: dict[JobKind, str] = {
     "teacher": "ray_jobs.train_teacher",
     "student": "ray_jobs.distill_student",
+    "everyone": "services.recommend.everyone",
 }
 # What a job has no use for; Ray leaves out by itself what .gitignore names.
 NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy"]
@@ -26,7 +29,7 @@ STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 class Job:
     """One submitted job, as the Jobs API tells it."""
 
-    kind: Kind
+    kind: JobKind
     submission_id: str
     status: str
     message: str
@@ -69,7 +72,7 @@ class Jobs:
                 f"check the address and that Ray runs ({error})"
             ) from None
 
-    def submit(self, kind: Kind, arguments: Sequence[str] = ()) -> str:
+    def submit(self, kind: JobKind, arguments: Sequence[str] = ()) -> str:
         """Start the job and return its submission id; refuse while one of its kind is active."""
         if running := self.active(kind):
             raise RefluxError(
@@ -94,7 +97,7 @@ class Jobs:
             )
         )
 
-    def list(self, kind: Kind) -> "list[Job]":
+    def list(self, kind: JobKind) -> "list[Job]":
         """Jobs of this kind, oldest first, those that `ray job submit` started included."""
         found = []
         for details in self._client.list_jobs():
@@ -110,7 +113,7 @@ class Jobs:
                 )
         return sorted(found, key=lambda job: job.started_ms)
 
-    def active(self, kind: Kind) -> Job | None:
+    def active(self, kind: JobKind) -> Job | None:
         return next((job for job in reversed(self.list(kind)) if job.active), None)
 
     def get(self, submission_id: str) -> Job:
@@ -130,6 +133,22 @@ class Jobs:
             return None
         self._client.stop_job(job.submission_id)
         return self.wait(job.submission_id, timeout_s=timeout_s)
+
+    def follow(self, submission_id: str, tell: Callable[[str], None]) -> None:
+        """Tell each line of its log as it comes, until it has ended; RefluxError if it failed."""
+        told = 0
+        while True:
+            job = self.get(submission_id)
+            lines = self.logs(submission_id).splitlines()
+            whole = lines[told : -1 if job.active else None]  # the last may still grow
+            for line in whole:
+                tell(line)
+            told += len(whole)
+            if not job.active:
+                break
+            time.sleep(1.0)
+        if job.status != "SUCCEEDED":
+            raise RefluxError(f"{submission_id} {job.status.lower()}: {job.message}")
 
     def wait(self, submission_id: str, *, timeout_s: float) -> Job:
         deadline = time.monotonic() + timeout_s

@@ -1,5 +1,6 @@
 """The answers deployed on a real Ray, by the command that `reflux up` runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 
-from services.core.errors import UnavailableError
+from services.core.errors import RefluxError, UnavailableError
+from services.core.eventlog import Arrived, EventLog, events_table
+from services.core.events import Event
 from services.core.registry import Registry
 from services.core.settings import Settings
 from services.local import processes
+from services.local.jobs import Jobs
 from services.recommend.deploy import deploy, proxy_environment
+from services.recommend.everyone import MANIFEST, answer_everyone
 from tests import students
 from tests.students import item
 
@@ -51,6 +57,7 @@ def test_deployed_on_ray(cluster: Settings, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     url = f"http://127.0.0.1:{cluster.recommend_port}"
     assert url in done.stdout
+    assert "behind HAProxy" in done.stdout
     assert "REFLUX_PROXY" not in done.stderr  # it would say so of another one than was asked for
     assert httpx.get(f"{url}/docs").status_code == 200
 
@@ -88,6 +95,35 @@ def test_deployed_on_ray(cluster: Settings, tmp_path: Path) -> None:
     metrics = httpx.get(f"{url}/metrics").text
     (count,) = [m for m in metrics.splitlines() if m.startswith("reflux_answer_seconds_count")]
     assert float(count.split()[1]) == len(versions)
+
+    everyone_is_answered(cluster, tmp_path / "everyone", version=4)
+
+
+def everyone_is_answered(cluster: Settings, out: Path, *, version: int) -> None:
+    """By a job on the same Ray, from the offline log."""
+    done = {"ann": ("view", item(1)), "bob": ("impression", item(2))}
+    arrived = [
+        Arrived(
+            record=Event(event_id=user, user_id=user, item_id=at, type=kind, timestamp=1_000),
+            arrival_ms=2_000,
+            partition=0,
+            offset=offset,
+        )
+        for offset, (user, (kind, at)) in enumerate(done.items())
+    ]
+    EventLog(cluster.offline).append(events_table(arrived))
+    jobs = Jobs(cluster, embedded=True)
+    log: list[str] = []
+    jobs.follow(jobs.submit("everyone", ["--out", str(out), "-n", "5"]), log.append)
+    assert f"2 users answered in {out}" in log
+    ann, bob = pq.read_table(out).sort_by("user_id").to_pylist()
+    assert (ann["user_id"], ann["fallback"], ann["model_version"]) == ("ann", None, version)
+    assert len(set(ann["item_ids"]) - {item(1)}) == 5
+    assert ann["scores"] == sorted(ann["scores"], reverse=True)
+    assert (bob["user_id"], bob["fallback"], bob["item_ids"][0]) == ("bob", "trending", item(7))
+    assert json.loads((out / MANIFEST).read_text())["users"] == 2
+    with pytest.raises(RefluxError, match="name a new directory"):
+        answer_everyone(cluster, str(out), n=5, actors=1)
 
 
 def test_no_ray_is_an_error_with_a_fix(settings: Settings) -> None:
