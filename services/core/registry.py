@@ -5,6 +5,7 @@ Layout, on any filesystem that pyarrow reaches (a path, file://, s3://, gs://):
     <uri>/<kind>/000042/{weights.safetensors, config.json, catalog.parquet, manifest.json}
     <uri>/<kind>/serving.json       which version serves, and which did before
     <uri>/<kind>/held.json          the same, chosen by hand: as long as it is there, it counts
+    <uri>/<kind>/trial.json         which version is tried out on some users meanwhile
 
 A version's files are written first and its manifest last; a version without a manifest does not
 exist. Both pointers and manifests are written beside and then moved, so that a reader meets the
@@ -20,6 +21,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -33,12 +35,14 @@ from services.core.errors import (
     RegistryError,
     VersionNotFoundError,
 )
+from services.core.trials import Trial
 
 Kind = Literal["teacher", "student"]
 
 MANIFEST: Final = "manifest.json"
 POINTER: Final = "serving.json"
 HELD: Final = "held.json"
+TRIAL: Final = "trial.json"
 ROLLBACK_DEPTH: Final = 8  # versions that the pointer remembers and that prune therefore keeps
 _CHUNK_BYTES: Final = 2**20
 
@@ -209,8 +213,28 @@ class Registry:
         self._point(kind, HELD, (*earlier[:-1], entry))
         return version
 
+    def trial(self, kind: Kind) -> Trial | None:
+        """What is tried out now."""
+        path = f"{self._root}/{_checked(kind)}/{TRIAL}"
+        try:
+            return Trial(**json.loads(self._read(path)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise RegistryError(f"{path} is unreadable ({error!r}); end the trial") from None
+
+    def begin_trial(self, kind: Kind, trial: Trial) -> None:
+        """Try a published version out; replaces the trial before it."""
+        self.manifest(kind, trial.version)
+        self._write_json(f"{self._root}/{_checked(kind)}/{TRIAL}", asdict(trial))
+
+    def end_trial(self, kind: Kind) -> None:
+        """From now on what serves answers everybody, alone; nothing happens where none runs."""
+        with suppress(FileNotFoundError):
+            self._fs.delete_file(f"{self._root}/{_checked(kind)}/{TRIAL}")
+
     def prune(self, kind: Kind, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what the pointer remembers.
+        """Delete all but the newest `keep` versions, what the pointer remembers, what is tried.
 
         Also deletes what crashed publications left behind. Returns the versions deleted.
         """
@@ -220,6 +244,8 @@ class Registry:
         remembered = (*self._history(kind, POINTER), *self._history(kind, HELD))
         kept = {*existing[-keep:], *(entry.version for entry in remembered)}
         # A directory above the newest version may be a publication under way.
+        if trial := self.trial(kind):
+            kept.add(trial.version)
         doomed = [v for v in sorted(directories) if v not in kept and v < max(existing, default=0)]
         for version in doomed:
             path = self._version_path(kind, version)

@@ -1,6 +1,7 @@
 """`reflux models`: published versions, and which of them serves."""
 
 import json
+import time
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -55,6 +56,60 @@ def release(kind: KindArgument = "student") -> None:
     """Let the learning job promote again."""
     _registry().release(kind)
     print(f"newer {kind} versions that pass the gate will serve")
+
+
+@app.command("try")
+def try_(
+    version: int,
+    percent: Annotated[float, typer.Option(help="of the users, chosen by their id")] = 10.0,
+    shadow: Annotated[
+        bool, typer.Option(help="unseen: only what it would have shown is logged")
+    ] = False,
+) -> None:
+    """Answer some users with another student, beside the one that serves; no restart.
+
+    Once more with another --percent: the users in it stay, others come or go.
+    """
+    from services.core.errors import RefluxError
+    from services.core.trials import Trial
+
+    registry, mode = _registry(), "shadow" if shadow else "split"
+    before = registry.trial("student")
+    same = before and (before.version, before.mode) == (version, mode)
+    try:
+        trial = Trial(
+            version=version,
+            mode="shadow" if shadow else "split",
+            percent=percent,
+            since_ms=before.since_ms if before and same else time.time_ns() // 1_000_000,
+        )
+    except ValueError as error:
+        raise RefluxError(f"--{error}") from None
+    registry.begin_trial("student", trial)
+    print(f"student {version} is tried out ({mode}, {percent:g}% of the users)")
+    print("`reflux models compare` shows how it does, `reflux models end-trial` ends it")
+
+
+@app.command("end-trial")
+def end_trial() -> None:
+    """Let what serves answer everybody again."""
+    _registry().end_trial("student")
+    print("what serves answers everybody")
+
+
+@app.command("compare")
+def compare(
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Live hit rate of what is tried out and of what serves, from the impressions in the log."""
+    from services.core.settings import Settings
+    from services.local.models import compare_arms, render_arms
+
+    found = compare_arms(Settings.load())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        render_arms(found)
 
 
 def _registry() -> "Registry":

@@ -1,11 +1,14 @@
-"""`reflux models list`: published versions with metrics, lineage and the gate's word."""
+"""`reflux models`: versions with metrics, lineage and the gate's word; what is tried out."""
 
 import datetime
+from dataclasses import asdict
 from typing import Any
 
-from services.core.errors import NothingServingError
+from services.core.errors import NothingServingError, RefluxError
+from services.core.eventlog import EventLog
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
+from services.core.trials import COLUMNS, score
 
 SHOWN_METRICS = {
     "teacher": ("slice.teacher.ndcg@10",),
@@ -61,6 +64,41 @@ def render_models(rows: list[dict[str, Any]]) -> None:
             else "",
         )
     Console().print(table)
+
+
+def compare_arms(settings: Settings) -> dict[str, Any]:
+    """The trial that runs and how both arms do: lists shown, answered, hit; rate and interval."""
+    trial = Registry(settings.registry).trial("student")
+    if trial is None:
+        raise RefluxError("no student is tried out; `reflux models try VERSION` begins it")
+    arms = score(EventLog(settings.offline).read(columns=COLUMNS), trial)
+    return {
+        "trial": asdict(trial),
+        "arms": {
+            name: {**asdict(arm), "rate": arm.rate, "interval": arm.interval()}
+            for name, arm in arms.items()
+        },
+    }
+
+
+def render_arms(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    trial = found["trial"]
+    table = Table("", "lists shown", "answered", "hits", "hit rate", "95% interval", box=None)
+    for name, arm in found["arms"].items():
+        interval = "-"
+        if arm["interval"]:
+            low, high = arm["interval"]
+            interval = f"{low:.4f} to {high:.4f}"
+        counts = (f"{arm[count]:,}" for count in ("shown", "answered", "hits"))
+        table.add_row(name, *counts, _text(arm["rate"]), interval)
+    console = Console()
+    console.print(
+        f"student {trial['version']}, {trial['mode']}, {trial['percent']:g}% of the users"
+    )
+    console.print(table)
 
 
 def _text(value: object) -> str:

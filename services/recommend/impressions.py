@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from services.core.errors import RefluxError
 from services.core.events import EVENTS, Event, EventType, encode
@@ -29,6 +29,7 @@ class Shown:
     model_version: int
     fallback: str | None
     now_ms: int
+    trial: dict[str, Any]  # what `core.trials` reads of it; empty without a trial
 
     def event(self) -> Event:
         return Event(
@@ -41,6 +42,7 @@ class Shown:
                 "items": self.item_ids,
                 "model_version": self.model_version,
                 "fallback": self.fallback,
+                **self.trial,
             },
         )
 

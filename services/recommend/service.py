@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from services.recommend.live import LiveModel
 from services.recommend.schema import RecommendRequest
 from services.recommend.shown import ShownItems
 from services.recommend.telemetry import NodeMetrics, Telemetry
+from services.recommend.trial import LiveTrial, Running
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Recommender:
         self._live = LiveModel(
             Registry(settings.registry), poll_s=settings.serving_poll_s, telemetry=self.telemetry
         )
+        self._trial = LiveTrial(Registry(settings.registry), poll_s=settings.serving_poll_s)
         self._impressions = Impressions(Publisher(settings), self.telemetry)
         self._shown = ShownItems(self.telemetry)
         self._histories: Histories | None = None
@@ -52,6 +55,7 @@ class Recommender:
         # One answer, one core: replicas are how more cores are used.
         torch.set_num_threads(1)
         await asyncio.to_thread(self._live.start)
+        await asyncio.to_thread(self._trial.start)
         if self._settings.impressions:
             self._impressions.start()
         if self._metrics:
@@ -59,6 +63,7 @@ class Recommender:
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._live.stop)
+        await asyncio.to_thread(self._trial.stop)
         if self._settings.impressions:
             await asyncio.to_thread(self._impressions.stop)
         if self._histories:
@@ -79,6 +84,11 @@ class Recommender:
     async def answer(self, request: RecommendRequest) -> dict[str, Any]:
         """The fields of `RecommendAnswer`. Raises `NoModelError`; nothing else is a failure."""
         model, now_ms = self.model, time.time_ns() // 1_000_000
+        running = self._trial.running if request.user_id else None
+        split = running if running and running.trial.mode == "split" else None
+        in_trial = running is not None and running.trial.takes(request.user_id or "")
+        if split and in_trial:
+            model = split.model
         began_s = time.perf_counter()
         history, reason = await self._history(request.user_id)
         read_s = time.perf_counter()
@@ -93,16 +103,21 @@ class Recommender:
             age_s = max(0, now_ms - history.updated_ms) / 1000
             self.telemetry.features_age_seconds.observe(age_s)
         if request.user_id and item_ids and self._settings.impressions:
-            self._impressions.offer(
-                Shown(
-                    request_id=request_id,
-                    user_id=request.user_id,
-                    item_ids=item_ids,
-                    model_version=model.version,
-                    fallback=ranking.fallback,
-                    now_ms=now_ms,
-                )
+            shown = Shown(
+                request_id=request_id,
+                user_id=request.user_id,
+                item_ids=item_ids,
+                model_version=model.version,
+                fallback=ranking.fallback,
+                now_ms=now_ms,
+                trial=split.trial.arm(in_trial) if split else {},
             )
+            if running and in_trial and not split:
+                # After this answer is on its way.
+                loop = asyncio.get_running_loop()
+                loop.call_soon(self._offer_with_shadow, shown, running, request, history)
+            else:
+                self._impressions.offer(shown)
         if log.isEnabledFor(logging.DEBUG):
             newest = history.event_keys[-1] if history and history.event_keys else None
             log.debug(
@@ -148,6 +163,21 @@ class Recommender:
         names = ("item_id", "type", "timestamp", "value", "title", "categories")
         events = [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
         return {"user_id": user_id, "n_events": history.n_events, "events": events[::-1]}
+
+    def _offer_with_shadow(
+        self,
+        shown: Shown,
+        running: Running,
+        request: RecommendRequest,
+        history: UserHistory | None,
+    ) -> None:
+        """The impression, with what the version that is tried out would have shown."""
+        try:
+            ranking = rank(running.model, request, history, now_ms=shown.now_ms)
+            unseen = running.model.catalog.ids(ranking.rows)
+            shown = replace(shown, trial=running.trial.unseen(unseen))
+        finally:
+            self._impressions.offer(shown)
 
     async def _history(self, user_id: str | None) -> tuple[UserHistory | None, str | None]:
         """The user's history, or None and why it could not be had."""

@@ -1,0 +1,62 @@
+"""The version that is tried out, beside the one that answers: noticed, loaded, ended live."""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.core.registry import Registry
+from services.core.trials import Trial
+from services.recommend.engine import Model
+from services.recommend.live import load, warm_up
+from services.recommend.polling import Polling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial and its version, loaded."""
+
+    trial: Trial
+    model: Model
+
+
+class LiveTrial:
+    """`running` follows the registry's trial; a thread of its own keeps it up to date.
+
+    Whatever goes wrong, `running` is None and all answers come from what serves.
+    """
+
+    def __init__(self, registry: Registry, *, poll_s: float) -> None:
+        self.running: Running | None = None
+        self._registry = registry
+        self._complaint = ""
+        polling = Polling(self.look, poll_s=poll_s, name="live-trial")
+        self.start, self.stop = polling.start, polling.stop
+
+    def look(self) -> None:
+        """Take over what the registry says is tried out."""
+        try:
+            trial, running = self._registry.trial("student"), self.running
+            if trial is None:
+                self.running = None
+            elif running is None or trial.version != running.trial.version:
+                self.running = None
+                self.running = Running(trial, self._load(trial.version))
+                log.info("student %d is tried out: %s", trial.version, trial.mark)
+            elif trial != running.trial:
+                self.running = Running(trial, running.model)
+            self._complaint = ""
+        except Exception as error:  # whatever a broken artifact or file system comes up with
+            self.running = None
+            complaint = f"{type(error).__name__}: {error}"
+            if complaint != self._complaint:
+                log.warning("nothing is tried out: %s", complaint)
+                self._complaint = complaint
+
+    def _load(self, version: int) -> Model:
+        with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
+            model = load(self._registry.fetch("student", version, Path(aside)))
+        warm_up(model)
+        return model
