@@ -48,6 +48,7 @@ class FeatureStore:
             )
         with _light():
             from feast import RepoConfig
+            from feast.infra.key_encoding_utils import serialize_entity_key
             from feast.infra.online_stores.redis import RedisOnlineStore
         from redis.backoff import NoBackoff
         from redis.exceptions import ConnectionError, RedisError
@@ -65,10 +66,14 @@ class FeatureStore:
             repo_path=REPOSITORY, **_repository(settings, redis=connection(settings) + timeouts)
         )
         self._online = RedisOnlineStore()
+        self._serialize, self._project = serialize_entity_key, self._config.project.encode()
         # The client's default is three retries with seconds between them. One, at once, is for
         # a connection that a restarted Redis has closed.
         client = self._client()
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)))
+        names, fields = self._online._generate_hset_keys_for_features(definitions.user_history)
+        self._user_features = names[:-1]  # the last one is Feast's timestamp, which nobody reads
+        self._user_fields = fields[:-1]
 
     def apply(self) -> None:
         """`feast apply` for the settings' addresses; doing it again changes nothing.
@@ -109,11 +114,31 @@ class FeatureStore:
 
     def read_users(self, user_ids: Sequence[str]) -> list[UserHistory]:
         """Rows in the order asked for, empty histories for unknown users; one round trip."""
-        keys = [self._protos.key("user_id", user_id) for user_id in user_ids]
-        found = self._read(self._definitions.user_history, keys)
+        return self._histories(user_ids, tuple)
+
+    def peek_users(self, user_ids: Sequence[str]) -> list[UserHistory]:
+        """The same for answers, which wait for it and look at the end of most columns only: the
+        columns are protobuf's own lists, to be read and not compared."""
+        return self._histories(user_ids, lambda column: column)
+
+    def _histories(self, user_ids: Sequence[str], column: Any) -> list[UserHistory]:
+        """What Feast wrote, found by its keys; its own way of reading makes more of it."""
+        keys, fields = [self._user_key(user_id) for user_id in user_ids], self._user_fields
+        try:
+            client = self._client()
+            if len(keys) == 1:
+                found = [client.hmget(keys[0], fields)]
+            else:
+                with client.pipeline(transaction=False) as pipe:
+                    for key in keys:
+                        pipe.hmget(key, fields)
+                    found = pipe.execute()
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
+        stored, names = self._protos.stored_history, self._user_features
         return [
-            self._protos.user_history(user_id, features)
-            for user_id, features in zip(user_ids, found, strict=True)
+            stored(user_id, dict(zip(names, row, strict=True)), column)
+            for user_id, row in zip(user_ids, found, strict=True)
         ]
 
     def unfilled(self, topic: str, partitions: Iterable[int]) -> dict[int, bool]:
@@ -163,16 +188,17 @@ class FeatureStore:
 
     def forget_users(self, user_ids: Sequence[str]) -> None:
         """Delete these users' rows online."""
-        from feast.infra.online_stores.helpers import _redis_key
-
-        version = self._config.entity_key_serialization_version
         client = self._client()
         try:
             for user_id in user_ids:
-                key = self._protos.key("user_id", user_id)
-                client.delete(_redis_key(self._config.project, key, version))
+                client.delete(self._user_key(user_id))
         except self._redis_error as error:
             raise self._unavailable(error) from None
+
+    def _user_key(self, user_id: str) -> bytes:
+        """Where Feast keeps this user's row in Redis."""
+        version = self._config.entity_key_serialization_version
+        return self._serialize(self._protos.key("user_id", user_id), version) + self._project
 
     def purge(self) -> None:
         """Have Redis write its append-only file anew, without what has been deleted, where it has

@@ -3,7 +3,7 @@
 Imports Feast, which takes seconds: only `features.FeatureStore` imports this module.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -51,22 +51,35 @@ def user_features(history: UserHistory) -> dict[str, Value]:
     }
 
 
-def user_history(user_id: str, features: Mapping[str, Value] | None) -> UserHistory:
+def user_history(
+    user_id: str, features: Mapping[str, Value] | None, column: Callable[[Any], Any] = tuple
+) -> UserHistory:
+    """`column` makes each column of protobuf's list; tuples of 512 events take 90 us."""
     if features is None or not features["n_events"].HasField("int64_val"):
         return UserHistory(user_id=user_id)
     return UserHistory(
         user_id=user_id,
-        item_ids=tuple(features["item_ids"].string_list_val.val),
-        event_types=tuple(features["event_types"].string_list_val.val),
-        timestamps_ms=tuple(features["timestamps"].int64_list_val.val),
-        values=tuple(features["values"].double_list_val.val),
-        event_keys=tuple(features["event_keys"].int64_list_val.val),
+        item_ids=column(features["item_ids"].string_list_val.val),
+        event_types=column(features["event_types"].string_list_val.val),
+        timestamps_ms=column(features["timestamps"].int64_list_val.val),
+        values=column(features["values"].double_list_val.val),
+        event_keys=column(features["event_keys"].int64_list_val.val),
         n_events=features["n_events"].int64_val,
         last_arrival_ms=features["last_arrival_ms"].int64_val,
         updated_ms=features["updated_ms"].int64_val,
         partition=features["partition"].int64_val,
         offset=features["offset"].int64_val,
     )
+
+
+def stored_history(
+    user_id: str, stored: Mapping[str, bytes | None], column: Callable[[Any], Any] = tuple
+) -> UserHistory:
+    """The history of a row as Redis holds it: a serialized `Value` by feature."""
+    if stored["n_events"] is None:
+        return UserHistory(user_id=user_id)
+    features = {name: Value.FromString(value or b"") for name, value in stored.items()}
+    return user_history(user_id, features, column)
 
 
 def item_metadata(item: Item) -> dict[str, Value]:

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,31 @@ def test_users_come_back_as_written_and_unknown_ones_are_empty(settings: Setting
         UserHistory(user_id="features-nobody"),
         long,
     ]
+
+
+def test_our_read_of_a_user_equals_feasts_own(settings: Settings) -> None:
+    from feast.infra.online_stores.redis import RedisOnlineStore
+
+    from feature_repo.definitions import user_history
+    from services.core import protos
+
+    store = FeatureStore(settings)
+    user_ids = ["features-own", "features-own-nobody", "features-öwn"]
+    rows = [history(user_ids[0], 70), replace(history(user_ids[2], 2), values=(math.nan, 1.5))]
+    store.write_users(rows)
+    keys = [protos.key("user_id", user_id) for user_id in user_ids]
+    theirs = RedisOnlineStore().online_read(store._config, user_history, keys)
+    expected = [
+        protos.user_history(user_id, features)
+        for user_id, (_, features) in zip(user_ids, theirs, strict=True)
+    ]
+    assert repr(store.read_users(user_ids)) == repr(expected)  # NaN is not equal to itself
+    assert repr([store.read_users([user_id])[0] for user_id in user_ids]) == repr(expected)
+    for peeked, row in zip(store.peek_users(user_ids), expected, strict=True):
+        columns = ("item_ids", "event_types", "timestamps_ms", "values", "event_keys")
+        same: dict[str, Any] = {name: tuple(getattr(peeked, name)) for name in columns}
+        assert repr(replace(peeked, **same)) == repr(row)
+    assert expected[0] == rows[0]
 
 
 def test_a_rewrite_with_the_same_or_an_older_event_time_is_not_dropped(settings: Settings) -> None:
