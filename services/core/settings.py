@@ -128,6 +128,9 @@ class Settings(BaseSettings):
         128, ge=1, description="requests that may wait for one replica; beyond: 503 at once"
     )
     answer_timeout_s: float = Field(10.0, gt=0, description="until an answer is given up")
+    exact_items: int = Field(
+        100_000, ge=1, description="catalogs of more are searched approximately, recall@100 >= .99"
+    )
     serving_poll_s: float = Field(0.5, gt=0, le=60, description="between two looks at the pointer")
     feature_timeout_s: float = Field(0.25, gt=0, description="online store's share of an answer")
     answers_metrics_port: int = Field(

@@ -3,23 +3,27 @@
 Shapes: L events of the history, V catalog rows (row 0 is no item).
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from services.core.catalog import Catalog
 from services.core.events import EventType
 from services.core.features import UserHistory
 from services.core.models.sequences import Features, features_of
 from services.core.models.serving import ServingStudent
+from services.recommend.items import Items
+from services.recommend.nearest import NARROW, Nearest
 from services.recommend.schema import RecommendRequest
 
 Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+_PADDING: Final[Rows] = np.zeros(1, np.int64)  # row 0 is no item
+_NOTHING: Final[Rows] = np.zeros(0, np.int64)
+_NOBODY: Final = UserHistory(user_id="")
+_LOWEST: Final = np.finfo(np.float32).min
 
 TRENDING: Final = "trending"
 TRENDING_CATEGORIES: Final = "trending_categories"
@@ -34,33 +38,14 @@ class Model:
     teacher_version: int | None
     arrivals_ms: tuple[int, ...]  # of events it learned last: oldest, median, newest
     student: ServingStudent
-    catalog: Catalog
-    rows_of_category: Mapping[str, Rows]  # by case-folded name
-    trending: Rows  # every item's row, the most popular first
+    catalog: Items
+    nearest: Nearest | None = None  # how a big catalog is searched; None: every item is scored
 
-    @classmethod
-    def build(
-        cls,
-        *,
-        version: int,
-        teacher_version: int | None,
-        arrivals_ms: tuple[int, ...],
-        student: ServingStudent,
-        catalog: Catalog,
-    ) -> "Model":
-        if student.n_rows != len(catalog):
-            raise ValueError(f"{student.n_rows} model rows for {len(catalog)} catalog rows")
-        popularity = catalog.popularity.copy()
-        popularity[0] = -np.inf
-        return cls(
-            version=version,
-            teacher_version=teacher_version,
-            arrivals_ms=arrivals_ms,
-            student=student,
-            catalog=catalog,
-            rows_of_category=_rows_of_category(catalog),
-            trending=np.argsort(-popularity, kind="stable")[:-1],
-        )
+    def __post_init__(self) -> None:
+        if self.student.n_rows != len(self.catalog):
+            raise ValueError(
+                f"{self.student.n_rows} model rows for {len(self.catalog)} catalog rows"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +63,8 @@ def rank(
 ) -> Ranking:
     """The `request.n` best items for a user with `history` and, after it, the recent items.
 
-    Exact: every item that the filters leave is scored. Without any known event: what is trending.
+    Every item that the filters leave is scored, but for a model with `nearest`. Without any known
+    event: what is trending.
     """
     catalog = model.catalog
     recent = catalog.rows(_not_yet_in(history, request.recent_items))
@@ -86,24 +72,14 @@ def rank(
     features = _features(model, history, stored, recent, now_ms)
 
     personal = len(features.rows) > 0
-    if personal:
-        inputs = (torch.from_numpy(column)[None] for column in features)
-        scores_V = model.student.score_next(*inputs).numpy()
+    seen = () if request.include_seen else (stored, recent)
+    excluded = np.concatenate([*seen, catalog.rows(request.exclude), _PADDING])
+    among = _rows_in(model, request.categories) if request.categories else None
+    if not personal:
+        rows, scores = _best_of(catalog.popularity.copy(), request.n, excluded, among)
     else:
-        scores_V = catalog.popularity.astype(np.float32)
-    if request.categories:
-        scores_V[~_mask_of(model, request.categories)] = -np.inf
-    if not request.include_seen:
-        scores_V[stored] = -np.inf
-        scores_V[recent] = -np.inf
-    scores_V[catalog.rows(request.exclude)] = -np.inf
-    scores_V[0] = -np.inf
-
-    if personal:
-        rows, scores = _best(scores_V, request.n)
-    else:
-        left = model.trending[np.isfinite(scores_V[model.trending])][: request.n]
-        rows, scores = left.tolist(), scores_V[left].tolist()
+        h_D = model.student.state(*features)
+        rows, scores = _nearest(model, h_D, request.n, excluded, among)
     fallback = None if personal else TRENDING_CATEGORIES if request.categories else TRENDING
     return Ranking(rows, scores, fallback, _unknown(model, request))
 
@@ -117,11 +93,19 @@ def _features(
     """
     rows = np.concatenate([stored, recent])
     known = np.flatnonzero(rows)[-model.student.max_events :]
-    n_recent = len(recent)
-    types = [*(history.event_types if history else ()), *([EventType.VIEW] * n_recent)]
-    stamps_ms = np.asarray([*(history.timestamps_ms if history else ()), *([now_ms] * n_recent)])
-    values = np.asarray([*(history.values if history else ()), *([np.nan] * n_recent)])
-    return features_of(rows[known], [types[at] for at in known], stamps_ms[known], values[known])
+    # Only these few of perhaps hundreds become Python's objects.
+    at = known[known < len(stored)].tolist()
+    just_now = len(known) - len(at)
+    past = history or _NOBODY
+    types = [past.event_types[i] for i in at]
+    stamps_ms = [past.timestamps_ms[i] for i in at]
+    values = [past.values[i] for i in at]
+    return features_of(
+        rows[known],
+        types + [EventType.VIEW.value] * just_now,
+        np.asarray(stamps_ms + [now_ms] * just_now, np.int64),
+        np.asarray(values + [np.nan] * just_now, np.float64),
+    )
 
 
 def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[str]:
@@ -138,32 +122,62 @@ def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[st
     return recent_items
 
 
-def _best(scores_V: NDArray[np.float32], n: int) -> tuple[list[int], list[float]]:
-    """The n highest finite scores, best first."""
-    top = torch.topk(torch.from_numpy(scores_V), min(n, len(scores_V)))
-    rows, scores = top.indices.tolist(), top.values.tolist()
-    n_left = sum(map(math.isfinite, scores))
-    return rows[:n_left], scores[:n_left]
+def _nearest(
+    model: Model, h_D: Floats, n: int, excluded: Rows, among: Rows | None
+) -> tuple[list[int], list[float]]:
+    """The n best for a user's state: by clusters where there are any and many items pass."""
+    student, nearest = model.student, model.nearest
+    if nearest is not None and among is not None and len(among) < NARROW * student.n_rows:
+        scores = student.table_VD[among] @ h_D + student.bias_V[among]
+        scores[np.isin(among, excluded)] = -np.inf
+        at, best = _best(scores, n)
+        return among[at].tolist(), best
+    if nearest is not None:
+        rows, best = nearest.best(h_D, n, excluded=excluded, among=among)
+        if len(rows) == n:
+            return rows, best
+    return _best_of(student.scores(h_D), n, excluded, among)
 
 
-def _mask_of(model: Model, categories: Iterable[str]) -> NDArray[np.bool_]:
-    """True (V,) for items with at least one of the categories."""
-    mask = np.zeros(len(model.catalog), bool)
-    for name in categories:
-        mask[model.rows_of_category.get(name.casefold(), [])] = True
-    return mask
+def _best_of(
+    scores_V: Floats, n: int, excluded: Rows, among: Rows | None
+) -> tuple[list[int], list[float]]:
+    if among is not None:
+        passing = np.full_like(scores_V, -np.inf)
+        passing[among] = scores_V[among]
+        scores_V = passing
+    scores_V[excluded] = -np.inf
+    return _best(scores_V, n)
 
 
-def _rows_of_category(catalog: Catalog) -> dict[str, Rows]:
-    found: dict[str, list[int]] = {}
-    for row, names in enumerate(catalog.categories(range(len(catalog)))):
-        for name in names:
-            found.setdefault(name.casefold(), []).append(row)
-    return {name: np.asarray(rows, np.int64) for name, rows in found.items()}
+def _best(scores_V: Floats, n: int) -> tuple[list[int], list[float]]:
+    """The n highest finite scores, best first; of equal ones the lower row.
+
+    The n-th highest of the columns' maxima is at most the n-th highest score, so what is lower
+    needs no sorting. At 10,000 items 14 us, against 24 by torch.topk and 134 by argpartition.
+    """
+    n_columns = max(n, len(scores_V) // 64)
+    n_lines = len(scores_V) // n_columns
+    if n_lines > 1:
+        highest = scores_V[: n_lines * n_columns].reshape(n_lines, n_columns).max(axis=0)
+        least = np.partition(highest, n_columns - n)[n_columns - n]
+        rows = np.flatnonzero(scores_V >= max(least, _LOWEST))
+    else:
+        rows = np.flatnonzero(scores_V >= _LOWEST)
+    scores = scores_V[rows]
+    order = np.argsort(-scores, kind="stable")[:n]
+    return rows[order].tolist(), scores[order].tolist()
+
+
+def _rows_in(model: Model, categories: Iterable[str]) -> Rows:
+    """The rows of items with at least one of the categories, ascending."""
+    found = [model.catalog.in_category(name) for name in categories]
+    known = [rows for rows in found if rows is not None]
+    return known[0] if len(known) == 1 else np.unique(np.concatenate([*known, _NOTHING]))
 
 
 def _unknown(model: Model, request: RecommendRequest) -> list[str]:
     """What of the request this model has never heard of, in the request's order."""
     ids = [i for i in (*request.recent_items, *request.exclude) if i not in model.catalog]
-    names = [n for n in request.categories if n.casefold() not in model.rows_of_category]
+    names = [n for n in request.categories if model.catalog.in_category(n) is None]
     return list(dict.fromkeys([*ids, *names]))

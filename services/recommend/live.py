@@ -11,14 +11,16 @@ from typing import Final
 
 import pyarrow.parquet as pq
 
-from services.core.catalog import Catalog
 from services.core.errors import NothingServingError
 from services.core.models.student import Student
 from services.core.registry import MANIFEST, Registry, Serving
 from services.recommend.engine import Model, rank
+from services.recommend.items import COLUMNS, Items
+from services.recommend.nearest import Nearest
 from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
+EXACT_ITEMS: Final = 100_000
 CATALOG: Final = "catalog.parquet"
 RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
 
@@ -32,10 +34,18 @@ class LiveModel:
     and `reflux_model_swaps_failed` say why.
     """
 
-    def __init__(self, registry: Registry, *, poll_s: float, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        poll_s: float,
+        telemetry: Telemetry,
+        exact_items: int = EXACT_ITEMS,
+    ) -> None:
         self.model: Model | None = None
         self._registry = registry
         self._poll_s = poll_s
+        self._exact_items = exact_items
         self._telemetry = telemetry
         self._failed: Serving | None = None
         self._failed_at_s = 0.0
@@ -83,7 +93,8 @@ class LiveModel:
 
     def _take(self, version: int) -> None:
         with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
-            model = load(self._registry.fetch("student", version, Path(aside)))
+            fetched = self._registry.fetch("student", version, Path(aside))
+            model = load(fetched, self.model, exact_items=self._exact_items)
         warm_up(model)
         self.model = model  # the swap
         now_ms = time.time_ns() // 1_000_000
@@ -105,15 +116,25 @@ class LiveModel:
             self._complaint = complaint
 
 
-def load(directory: Path) -> Model:
-    """The model in a directory that `Registry.fetch` gave."""
+def load(
+    directory: Path, previous: Model | None = None, *, exact_items: int = EXACT_ITEMS
+) -> Model:
+    """The model in a directory that `Registry.fetch` gave; what it has in common with the
+    `previous` one is taken over. Above `exact_items` it is searched approximately."""
     manifest = json.loads((directory / MANIFEST).read_text())
-    return Model.build(
+    table = pq.read_table(directory / CATALOG, columns=COLUMNS, use_threads=False)
+    student = Student.load_for_serving(directory)
+    items = Items.of(table, previous.catalog if previous else None)
+    nearest = None
+    if len(items) > exact_items:
+        nearest = Nearest.build(student, items.popularity, previous.nearest if previous else None)
+    return Model(
         version=manifest["version"],
         teacher_version=manifest.get("teacher_version"),
         arrivals_ms=tuple((manifest.get("arrivals_ms") or {}).values()),
-        student=Student.load(directory).for_serving(),
-        catalog=Catalog.from_table(pq.read_table(directory / CATALOG)),
+        student=student,
+        catalog=items,
+        nearest=nearest,
     )
 
 

@@ -58,8 +58,9 @@ class ShownItems:
 
 def kinds_of(model: Model) -> NDArray[np.int8]:
     """Per row (V,): cold, in the tail, or among the most popular tenth."""
-    kinds_V = np.where(model.catalog.popularity < COLD_BELOW, COLD, TAIL).astype(np.int8)
-    n_popular = int(POPULAR_SHARE * len(model.trending))
-    top = model.trending[:n_popular]
-    kinds_V[top[kinds_V[top] != COLD]] = POPULAR
+    popularity_V = model.catalog.popularity
+    kinds_V = np.where(popularity_V < COLD_BELOW, COLD, TAIL).astype(np.int8)
+    if n_popular := int(POPULAR_SHARE * (len(popularity_V) - 1)):
+        top = np.argpartition(popularity_V, -n_popular)[-n_popular:]
+        kinds_V[top[kinds_V[top] != COLD]] = POPULAR
     return kinds_V

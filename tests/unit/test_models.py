@@ -160,9 +160,9 @@ def test_a_set_has_no_order_and_users_in_one_line_stay_apart() -> None:
 def test_serving_scores_a_set_as_training_does(n_events: int) -> None:
     student = a_set_student()
     rows, types, gaps, _ = inputs(histories(1, n_events), n_events)
-    served = student.for_serving().score_next(rows, types, gaps)
+    served = student.for_serving().score_next(*(one[0].numpy() for one in (rows, types, gaps)))
     trained = student.scores(student(rows, types, gaps)[:, -1])[0]
-    torch.testing.assert_close(served, trained)
+    torch.testing.assert_close(torch.from_numpy(served), trained)
 
 
 def test_items_begin_beside_those_they_are_had_with() -> None:
@@ -190,8 +190,10 @@ def test_serving_scores_as_training_does(n_events: int, n_layers: int) -> None:
     student.describe(content())
     assert student.encoder.recent is not None
     nn.init.normal_(student.encoder.recent.weight_KD)
+    for parameter in student.parameters():  # norms, too, away from where they begin
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     rows, types, gaps, _ = inputs(histories(1, n_events), n_events)
-    served = student.for_serving().score_next(rows, types, gaps)
+    served = student.for_serving().score_next(*(one[0].numpy() for one in (rows, types, gaps)))
     trained = student.scores(student(rows, types, gaps)[:, -1])[0]
-    torch.testing.assert_close(served, trained, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(served), trained, atol=1e-5, rtol=1e-5)
     assert served[0] == -torch.inf

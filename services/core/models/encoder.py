@@ -76,10 +76,7 @@ class Encoder(nn.Module):
 
     def item_table(self) -> Tensor:
         """table_VD: what each row is (id) plus what it is made of (mean of its content)."""
-        content_VD = F.embedding_bag(
-            self.content_VC, self.content.weight, mode="mean", padding_idx=0
-        )
-        return self.item_id.weight + content_VD
+        return item_table(self.item_id.weight, self.content.weight, self.content_VC)
 
     def forward(
         self,
@@ -162,6 +159,11 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+def item_table(item_id_VD: Tensor, content_BD: Tensor, content_VC: Tensor) -> Tensor:
+    """table_VD, of the ids' embeddings and those of the B content buckets."""
+    return item_id_VD + F.embedding_bag(content_VC, content_BD, mode="mean", padding_idx=0)
 
 
 def pooled(x_BLD: Tensor, mask: Tensor) -> Tensor:

@@ -1,91 +1,149 @@
-"""A student's forward pass for one user on one core: the same numbers, a third of the time.
+"""A student's forward pass for one user on one core, in NumPy: the same numbers in less time.
 
-Only the last event's hidden state is wanted, so each block computes what the blocks above it look
-at and no more; masks, rotations and the item table are computed once.
+Its matrices are so small that PyTorch spends more on each call than on the arithmetic. Only the
+last event's hidden state is wanted, so each block computes what the blocks above it look at and no
+more; masks, rotations and the item table are computed once, norms' weights are merged into the
+matrices that follow them.
 
-Shapes: L events, T the most events looked at, Q events a block computes, D width, H heads, K head
-width, V catalog rows.
+Shapes: L events, Q events a block computes, T events it looks at, D width, H heads, K head width,
+V catalog rows, N users.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from functools import cache
+from typing import Final
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.special import erf
 from torch import Tensor
 
-from services.core.models.encoder import Block, Encoder, attention_mask, rotary
+from services.core.models.encoder import EncoderConfig, attention_mask, item_table, rotary
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_EPS: Final = np.float32(1e-5)  # of PyTorch's LayerNorm
+_BLOCK: Final = (
+    *("norm_attention.weight", "norm_attention.bias", "qkv.weight", "out.weight"),
+    *("norm_mlp.weight", "norm_mlp.bias", "up.weight", "up.bias", "down.weight", "down.bias"),
+)
 
 
 class ServingStudent:
     """A frozen student: what answers need and nothing else, on weights of its own."""
 
-    def __init__(self, encoder: Encoder, bias_V: Tensor) -> None:
-        config = encoder.config
-        self.n_rows = encoder.n_rows
-        self.max_events = 2 * config.max_len if config.ordered else config.max_len
-        with torch.no_grad():
-            self._table_VD = encoder.item_table().clone()
-            self._bias_V = bias_V.clone()
-            weight_V = encoder.weight_V
-            self._weight_V1 = weight_V.exp()[:, None] if weight_V is not None else None
-            self._type = encoder.event_type.weight.clone()
-            self._gap = encoder.gap.weight.clone()
-            self._norm = _Norm.of(encoder.norm)
-            recent = encoder.recent
-            self._recent_KD = recent.weight_KD.clone() if recent else torch.zeros(0, config.dim)
-            cos, sin = rotary(self.max_events, config.dim // config.n_heads, bias_V.device)
-            self._cos_T1K = torch.cat((cos, cos), dim=-1)[:, None]
-            self._sin_T1K = torch.cat((-sin, sin), dim=-1)[:, None]
-            blocks_above = reversed(range(config.n_layers))
-            self._blocks = [
-                _ServingBlock.of(
-                    cast(Block, block), config.max_len, 1 + above * (config.max_len - 1)
-                )
-                for block, above in zip(encoder.blocks, blocks_above, strict=True)
-            ]
+    def __init__(self, config: EncoderConfig, weights: Mapping[str, Tensor]) -> None:
+        """`weights`: a student's `state_dict`, without the need for a student."""
+        encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+        table_VD = item_table(
+            encoder["item_id.weight"], encoder["content.weight"], encoder["content_VC"]
+        )
+        self.n_rows = len(table_VD)
+        # One more than the last event can look at: the first one's gap counts as none.
+        looks_at = config.n_layers * (config.max_len - 1) + 1 + config.n_recent
+        whole = 2 * config.max_len if config.ordered else config.max_len
+        self.max_events = min(whole, looks_at + 1) if config.ordered else whole
+        self.table_VD: Floats = table_VD.detach().numpy()
+        self.bias_V = _own(weights["bias_V"])
+        self.bias_V[0] = -np.inf  # padding is no item
+        weight_V = encoder.get("weight_V")
+        self._weight_V1 = None if weight_V is None else _own(weight_V.exp()[:, None])
+        # What a type and a gap add, as one row: type * n_gaps + gap.
+        self._n_gaps = config.n_gaps
+        both = encoder["event_type.weight"][:, None] + encoder["gap.weight"][None]
+        self._type_gap = _own(both.flatten(0, 1))
+        self._norm_weight, self._norm_bias = (
+            _own(encoder["norm.weight"]),
+            _own(encoder["norm.bias"]),
+        )
+        recent_KD = encoder.get("recent.weight_KD", torch.zeros(0, config.dim))
+        self._recent_KD = _own(recent_KD)
+        self._blocks = [
+            _ServingBlock.of(
+                {name: encoder[f"blocks.{at}.{name}"] for name in _BLOCK},
+                config,
+                n_events=self.max_events,
+                n_computed=1 + (config.n_layers - 1 - at) * (config.max_len - 1),
+            )
+            for at in range(config.n_layers)
+        ]
 
-    @torch.inference_mode()
-    def score_next(self, rows_1L: Tensor, types_1L: Tensor, gaps_1L: Tensor) -> Tensor:
-        """scores_V, logits of one user's next item, from the last `max_events` events.
-
-        L >= 1, no padding; row 0 (padding) scores -inf.
-        """
+    def state(self, rows_L: Ints, types_L: Ints, gaps_L: Ints) -> Floats:
+        """h_D of one user after the last event; `scores` makes logits of it. L >= 1, no padding."""
         at = slice(-self.max_events, None)
-        x_LD = self._table_VD[rows_1L[0, at]]
+        x_LD = self.table_VD[rows_L[at]]
         if self._weight_V1 is None:
-            x_LD += self._type[types_1L[0, at]]
-            x_LD += self._gap[gaps_1L[0, at]]
+            x_LD += self._type_gap[types_L[at] * self._n_gaps + gaps_L[at]]
             x_LD = self._blend(x_LD)
         else:
-            x_LD *= self._weight_V1[rows_1L[0, at]]
-            x_LD = x_LD.sum(0, keepdim=True) * len(x_LD) ** -0.5
+            x_LD *= self._weight_V1[rows_L[at]]
+            x_LD = x_LD.sum(0, keepdims=True) * np.float32(len(x_LD) ** -0.5)
         for block in self._blocks:
-            x_LD = block(x_LD, self._cos_T1K, self._sin_T1K)
-        scores_V = torch.addmv(self._bias_V, self._table_VD, self._norm(x_LD[-1]))
-        scores_V[0] = -torch.inf
+            x_LD = block(x_LD)
+        h_D: Floats = _normed(x_LD[-1:])[0]
+        h_D *= self._norm_weight
+        h_D += self._norm_bias
+        return h_D
+
+    def scores(self, h_D: Floats) -> Floats:
+        """scores_V, logits of the next item; row 0 (padding) scores -inf."""
+        scores_V: Floats = self.table_VD @ h_D
+        scores_V += self.bias_V
         return scores_V
 
-    def _blend(self, x_LD: Tensor) -> Tensor:
+    def score_next(self, rows_L: Ints, types_L: Ints, gaps_L: Ints) -> Floats:
+        """scores_V of one user's next item, from the last `max_events` events."""
+        return self.scores(self.state(rows_L, types_L, gaps_L))
+
+    def _blend(self, x_LD: Floats) -> Floats:
         """`Recent` for one user."""
-        y_LD = x_LD.clone()
+        y_LD = x_LD.copy()
         for back, weight_D in enumerate(self._recent_KD[: len(x_LD) - 1], start=1):
-            y_LD[back:].addcmul_(x_LD[:-back], weight_D)
+            y_LD[back:] += x_LD[:-back] * weight_D
         return y_LD
 
 
+def _own(tensor: Tensor) -> Floats:
+    """A contiguous copy, so that the training's weights may go on changing, or go."""
+    return np.array(tensor.detach().numpy(), np.float32, order="C", copy=True)
+
+
+def _normed(x: Floats) -> Floats:
+    """A layer norm without its weight and bias; a new array."""
+    centred, mean_D1 = _moments(x.shape[-1])
+    y: Floats = x @ centred
+    y /= np.sqrt((y * y) @ mean_D1 + _EPS)
+    return y
+
+
+@cache
+def _moments(width: int) -> tuple[Floats, Floats]:
+    """What takes the mean off, and what takes it: products cost less here than reductions."""
+    mean_D1 = np.full((width, 1), 1 / width, np.float32)
+    return np.eye(width, dtype=np.float32) - mean_D1, mean_D1
+
+
 @dataclass(frozen=True, eq=False)
-class _Norm:
-    weight_D: Tensor
-    bias_D: Tensor
-    eps: float
+class _Linear:
+    """x @ weight + bias, with the norm before it merged in."""
+
+    weight: Floats
+    bias: Floats
 
     @classmethod
-    def of(cls, norm: torch.nn.LayerNorm) -> "_Norm":
-        return cls(norm.weight.clone(), norm.bias.clone(), norm.eps)
+    def after(cls, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None) -> "_Linear":
+        """`norm`: its weight and bias."""
+        shift = weight @ norm[1]
+        merged = shift if bias is None else shift + bias
+        return cls(_own((weight * norm[0]).T), _own(merged))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self.weight_D.shape, self.weight_D, self.bias_D, self.eps)
+    def __call__(self, x: Floats) -> Floats:
+        y: Floats = x @ self.weight
+        y += self.bias
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,57 +157,72 @@ class _ServingBlock:
     n_heads: int
     n_computed: int
     n_seen: int  # events that the computed ones look at, themselves included
-    mask_QT: Tensor  # added to the attention's scores; the last row and column are the last event
-    query: Tensor  # (D, 2D): the queries and their swapped halves
-    key_value: Tensor  # (D, 3D): keys, their swapped halves, values
-    out: Tensor
-    norm_attention: _Norm
-    norm_mlp: _Norm
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
+    mask_QT: Floats | None  # added to the attention's scores, aligned at the last event
+    cos_TD: Floats
+    sin_TD: Floats
+    query: _Linear  # to 2D: the scaled queries and their swapped halves
+    key_value: _Linear  # to 3D: keys, their swapped halves, values
+    out: Floats
+    up: _Linear
+    down: _Linear
 
     @classmethod
-    def of(cls, block: Block, max_len: int, n_computed: int) -> "_ServingBlock":
-        n_events = 2 * max_len
-        q, k, v = block.qkv.weight.chunk(3)
-        dim = len(q)
-        halves = torch.arange(dim).view(block.n_heads, 2, -1)
+    def of(
+        cls, block: Mapping[str, Tensor], config: EncoderConfig, *, n_events: int, n_computed: int
+    ) -> "_ServingBlock":
+        q, k, v = block["qkv.weight"].chunk(3)
+        dim, n_heads, max_len = config.dim, config.n_heads, config.max_len
+        q = q * (dim // n_heads) ** -0.5
+        halves = torch.arange(dim).view(n_heads, 2, -1)
         swapped = halves.flip(1).reshape(-1)
-        mask_TT = attention_mask(n_events, max_len, None, q.device)
-        mask_QT = torch.where(mask_TT[-n_computed:], 0.0, -torch.inf)
+        n_seen = min(n_computed + max_len - 1, n_events)
+        mask_LL = attention_mask(n_events, max_len, None, q.device)
+        mask_QT = torch.where(mask_LL[-n_computed:, -n_seen:], 0.0, -torch.inf)
+        cos, sin = rotary(n_events, dim // n_heads, q.device)
+        attention, mlp = (
+            (block[f"{name}.weight"], block[f"{name}.bias"])
+            for name in ("norm_attention", "norm_mlp")
+        )
         return cls(
-            n_heads=block.n_heads,
+            n_heads=n_heads,
             n_computed=n_computed,
-            n_seen=n_computed + max_len - 1,
-            mask_QT=mask_QT,
-            query=torch.cat((q, q[swapped])).T.contiguous(),
-            key_value=torch.cat((k, k[swapped], v)).T.contiguous(),
-            out=block.out.weight.T.contiguous(),
-            norm_attention=_Norm.of(block.norm_attention),
-            norm_mlp=_Norm.of(block.norm_mlp),
-            up=(block.up.weight.clone(), block.up.bias.clone()),
-            down=(block.down.weight.clone(), block.down.bias.clone()),
+            n_seen=n_seen,
+            mask_QT=_own(mask_QT) if n_computed > 1 else None,
+            cos_TD=_own(torch.cat((cos, cos), dim=-1).tile(n_heads)[-n_seen:]),
+            sin_TD=_own(torch.cat((-sin, sin), dim=-1).tile(n_heads)[-n_seen:]),
+            query=_Linear.after(attention, torch.cat((q, q[swapped])), None),
+            key_value=_Linear.after(attention, torch.cat((k, k[swapped], v)), None),
+            out=_own(block["out.weight"].T),
+            up=_Linear.after(mlp, block["up.weight"], block["up.bias"]),
+            down=_Linear(_own(block["down.weight"].T), _own(block["down.bias"])),
         )
 
-    def __call__(self, x_LD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    def __call__(self, x_LD: Floats) -> Floats:
         """x_QD, the last `n_computed` (or fewer) events after this block."""
-        x_LD = x_LD[-self.n_seen :]
-        n_seen, dim = x_LD.shape
+        x_TD = x_LD[-self.n_seen :]
+        n_seen, dim = x_TD.shape
         n_computed = min(self.n_computed, n_seen)
-        cos_L1K, sin_L1K = cos_T1K[-n_seen:], sin_T1K[-n_seen:]
-        h_LD, x_QD = self.norm_attention(x_LD), x_LD[-n_computed:]
+        cos_TD, sin_TD = self.cos_TD[-n_seen:], self.sin_TD[-n_seen:]
+        h_TD, x_QD = _normed(x_TD), x_TD[-n_computed:]
 
-        q_Q2HK = (h_LD[-n_computed:] @ self.query).view(n_computed, 2, self.n_heads, -1)
-        kv_L3HK = (h_LD @ self.key_value).view(n_seen, 3, self.n_heads, -1)
-        q_QHK = torch.addcmul(
-            q_Q2HK[:, 0] * cos_L1K[-n_computed:], q_Q2HK[:, 1], sin_L1K[-n_computed:]
-        )
-        k_LHK = torch.addcmul(kv_L3HK[:, 0] * cos_L1K, kv_L3HK[:, 1], sin_L1K)
-        a_1HQK = F.scaled_dot_product_attention(
-            q_QHK.transpose(0, 1)[None],
-            k_LHK.transpose(0, 1)[None],
-            kv_L3HK[:, 2].transpose(0, 1)[None],
-            attn_mask=self.mask_QT[-n_computed:, -n_seen:],
-        )
-        x_QD = torch.addmm(x_QD, a_1HQK[0].transpose(0, 1).reshape(n_computed, dim), self.out)
-        return x_QD + F.linear(F.gelu(F.linear(self.norm_mlp(x_QD), *self.up)), *self.down)
+        q_Q2D, kv_T3D = self.query(h_TD[-n_computed:]), self.key_value(h_TD)
+        q_QD = q_Q2D[:, :dim] * cos_TD[-n_computed:] + q_Q2D[:, dim:] * sin_TD[-n_computed:]
+        k_TD = kv_T3D[:, :dim] * cos_TD + kv_T3D[:, dim : 2 * dim] * sin_TD
+        heads = (-1, self.n_heads, dim // self.n_heads)
+        q_HQK = q_QD.reshape(heads).transpose(1, 0, 2)
+        k_HKT = k_TD.reshape(heads).transpose(1, 2, 0)
+        v_HTK = kv_T3D[:, 2 * dim :].reshape(heads).transpose(1, 0, 2)
+        a_HQT = q_HQK @ k_HKT
+        if self.mask_QT is not None:
+            a_HQT += self.mask_QT[-n_computed:, -n_seen:]
+        a_HQT -= np.maximum.reduce(a_HQT, axis=-1, keepdims=True)
+        np.exp(a_HQT, out=a_HQT)
+        a_HQT /= np.add.reduce(a_HQT, axis=-1, keepdims=True)
+        a_QD = (a_HQT @ v_HTK).transpose(1, 0, 2).reshape(n_computed, dim)
+        x_QD = np.add(x_QD, a_QD @ self.out)
+
+        u_QU = self.up(_normed(x_QD))
+        gelu = np.float32(0.5) * (1 + erf(u_QU * np.float32(0.5**0.5)))
+        u_QU *= gelu
+        x_QD += self.down(u_QU)
+        return x_QD

@@ -8,14 +8,17 @@ Shapes: B sequences, L events, N positions, D width, T the teacher's width, V ca
 K candidates.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from services.core.models.encoder import EncoderConfig
-from services.core.models.recommender import Recommender
+from services.core.models.recommender import CONFIG, WEIGHTS, Recommender
 from services.core.models.serving import ServingStudent
 
 
@@ -53,4 +56,12 @@ class Student(Recommender):
 
     def for_serving(self) -> ServingStudent:
         """What answers need and nothing else, on weights of its own."""
-        return ServingStudent(self.encoder, self.bias_V)
+        return ServingStudent(self.config, self.state_dict())
+
+    @classmethod
+    def load_for_serving(cls, directory: Path) -> ServingStudent:
+        """The same of what `save` wrote, on the file's own pages meanwhile: at 1M items no module
+        is filled with random numbers first, and nothing is copied that isn't kept."""
+        config = json.loads((directory / CONFIG).read_text())
+        del config["n_rows"]
+        return ServingStudent(cls.config_type(**config), load_file(directory / WEIGHTS))
