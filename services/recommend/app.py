@@ -10,16 +10,19 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from services.core.errors import AccessError, ForbiddenError, UnavailableError
 from services.core.settings import Settings
 from services.recommend.schema import (
     MAX_BODY_BYTES,
+    BatchAnswer,
+    BatchRequest,
     Problems,
     RecommendAnswer,
     RecommendRequest,
     UserAnswer,
+    Wanted,
     problem,
     problems,
 )
@@ -75,25 +78,42 @@ def create_app(settings: Settings) -> FastAPI:
         response_model=RecommendAnswer,
         responses=ERRORS,
         summary="Recommend items to a user or a session",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": RecommendRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra=_takes(RecommendRequest),
     )
     async def recommend(http: Request) -> Response:
         began_s = time.perf_counter()
+        request = await validated(http, RecommendRequest)
+        return request if isinstance(request, Response) else await answer(request, began_s)
+
+    @router.post(
+        f"{PATH}:batch",
+        response_model=BatchAnswer,
+        responses=ERRORS,
+        summary="Recommend items to up to 1,000 users; none of it counts as shown",
+        openapi_extra=_takes(BatchRequest),
+    )
+    async def recommend_batch(http: Request) -> Response:
+        request = await validated(http, BatchRequest)
+        if isinstance(request, Response):
+            return request
+        try:
+            content = await recommender.answer_many(request)
+        except NoModelError as error:
+            return refuse(503, problem(str(error)))
+        recommender.telemetry.answers.labels("200", "batch").inc(len(request.user_ids))
+        return Response(content, media_type="application/json")
+
+    async def validated(http: Request, model: type[Wanted]) -> Any:
+        """The body as a `model`, or the refusal."""
         keys.check(http.headers.get("authorization"), "recommend")
         body = await _body(http)
         if body is None:
             fix = f"the body may have at most {MAX_BODY_BYTES} bytes"
             return refuse(413, problem(fix))
         try:
-            request = RecommendRequest.model_validate_json(body)
+            return model.model_validate_json(body)
         except ValidationError as error:
-            return refuse(422, problems(error.errors()))
-        return await answer(request, began_s)
+            return refuse(422, problems(error.errors(), model))
 
     @app.get(
         PATH,
@@ -166,6 +186,12 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.include_router(router)
     return app
+
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    """For the OpenAPI page: a JSON body of this model."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _json(status: int, content: Any) -> Response:

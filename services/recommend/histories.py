@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -26,16 +27,29 @@ class Histories:
 
     async def read(self, user_id: str) -> UserHistory:
         """The history, empty for an unknown user; `UnavailableError` within the deadline."""
-        if time.monotonic() < self._ask_again_at_s:
-            raise UnavailableError("the online store failed less than a second ago")
+        self._refuse_in_cool_down()
         loop = asyncio.get_running_loop()
         try:
-            reading = loop.run_in_executor(self._pool, self._store.read_users, [user_id])
+            reading = loop.run_in_executor(self._pool, self._store.peek_users, [user_id])
             return (await asyncio.wait_for(reading, self._timeout_s))[0]
         except (UnavailableError, TimeoutError) as error:
             self._ask_again_at_s = time.monotonic() + COOL_DOWN_S
             why = str(error) or f"the online store took longer than {self._timeout_s:g} s"
             raise UnavailableError(why) from None
+
+    def read_now(self, user_ids: Sequence[str]) -> list[UserHistory]:
+        """The histories in the order asked for, in one round trip; blocks for as long as it takes
+        while the store goes on answering."""
+        self._refuse_in_cool_down()
+        try:
+            return self._store.peek_users(user_ids)
+        except UnavailableError:
+            self._ask_again_at_s = time.monotonic() + COOL_DOWN_S
+            raise
+
+    def _refuse_in_cool_down(self) -> None:
+        if time.monotonic() < self._ask_again_at_s:
+            raise UnavailableError("the online store failed less than a second ago")
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
 """What `POST /v1/recommendations` takes and gives; also what the OpenAPI page shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -9,12 +9,28 @@ from services.core.errors import shown
 from services.core.events import Id
 
 MAX_ITEMS: Final = 100
+MAX_BATCH_USERS: Final = 1_000
 MAX_BODY_BYTES: Final = 2**20
 
 Category = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
-class RecommendRequest(BaseModel):
+class Wanted(BaseModel):
+    """How much, and what not."""
+
+    n: int = Field(10, ge=1, le=MAX_ITEMS)
+    exclude: list[Id] = Field(
+        default_factory=list, max_length=10_000, description="item ids never to answer with"
+    )
+    categories: list[Category] = Field(
+        default_factory=list,
+        max_length=64,
+        description="an item must have at least one of these; case doesn't matter",
+    )
+    include_seen: bool = Field(False, description="also items that the user has interacted with")
+
+
+class RecommendRequest(Wanted):
     """Whom to recommend to, how much, and what not. Neither user nor items: what is trending."""
 
     model_config = ConfigDict(
@@ -30,16 +46,23 @@ class RecommendRequest(BaseModel):
         description="item ids, oldest first: an anonymous session, or what the user did just now "
         "and the history may not hold yet",
     )
-    n: int = Field(10, ge=1, le=MAX_ITEMS)
-    exclude: list[Id] = Field(
-        default_factory=list, max_length=10_000, description="item ids never to answer with"
+
+
+class BatchRequest(Wanted):
+    """Many users at once, for e-mail and warm caches; what is wanted is the same for all."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"examples": [{"user_ids": ["42", "43"], "n": 10}]},
     )
-    categories: list[Category] = Field(
-        default_factory=list,
-        max_length=64,
-        description="an item must have at least one of these; case doesn't matter",
-    )
-    include_seen: bool = Field(False, description="also items that the user has interacted with")
+
+    user_ids: list[Id] = Field(min_length=1, max_length=MAX_BATCH_USERS)
+
+    def of(self, user_id: str) -> RecommendRequest:
+        """The request of one of the users; it has been validated already."""
+        wanted = {name: getattr(self, name) for name in Wanted.model_fields}
+        return RecommendRequest.model_construct(user_id=user_id, recent_items=[], **wanted)
 
 
 class RecommendedItem(BaseModel):
@@ -88,6 +111,12 @@ class UserAnswer(BaseModel):
     events: list[UserEvent] = Field(description="the latest interactions, newest first")
 
 
+class BatchAnswer(BaseModel):
+    """One answer per user, in the order asked for, all of one model version."""
+
+    answers: list[RecommendAnswer]
+
+
 class Problem(BaseModel):
     """One thing that is wrong with a request, and how to put it right."""
 
@@ -107,16 +136,18 @@ def problem(fix: str) -> list[dict[str, Any]]:
     return [{"field": "", "value": None, "fix": fix}]
 
 
-def problems(errors: Sequence[Any]) -> list[dict[str, Any]]:
-    """Pydantic's complaints as field, value and fix."""
-    return [_problem(error) for error in errors]
+def problems(
+    errors: Sequence[Any], model: type[BaseModel] = RecommendRequest
+) -> list[dict[str, Any]]:
+    """Pydantic's complaints about a `model` as field, value and fix."""
+    return [_problem(error, model.model_fields) for error in errors]
 
 
-def _problem(error: Any) -> dict[str, Any]:
+def _problem(error: Any, fields: Iterable[str]) -> dict[str, Any]:
     # FastAPI puts the place before the field: "query".
     field = ".".join(str(part) for part in error["loc"] if part != "query")
     if error["type"] == "extra_forbidden":
-        known = ", ".join(RecommendRequest.model_fields)
+        known = ", ".join(fields)
         value, fix = shown(error["input"]), f"no such field; there are {known}"
         return {"field": field, "value": value, "fix": fix}
     if error["type"] == "json_invalid":

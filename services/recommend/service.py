@@ -4,9 +4,13 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
+import orjson
 import torch
 
 from services.core.catalog import Catalog
@@ -18,11 +22,14 @@ from services.core.settings import Settings
 from services.recommend.engine import Model, Ranking, rank
 from services.recommend.histories import Histories
 from services.recommend.impressions import Impressions, Shown
+from services.recommend.items import Items
 from services.recommend.live import LiveModel
-from services.recommend.schema import RecommendRequest
+from services.recommend.schema import BatchRequest, RecommendRequest
 from services.recommend.shown import ShownItems
 from services.recommend.telemetry import NodeMetrics, Telemetry
 from services.recommend.trial import LiveTrial, Running
+
+BATCH_USERS: Final = 100  # of a batch that are read together
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +45,16 @@ class Recommender:
         self.telemetry = Telemetry()
         self._settings = settings
         self._live = LiveModel(
-            Registry(settings.registry), poll_s=settings.serving_poll_s, telemetry=self.telemetry
+            Registry(settings.registry),
+            poll_s=settings.serving_poll_s,
+            telemetry=self.telemetry,
+            exact_items=settings.exact_items,
         )
         self._trial = LiveTrial(Registry(settings.registry), poll_s=settings.serving_poll_s)
         self._impressions = Impressions(Publisher(settings), self.telemetry)
         self._shown = ShownItems(self.telemetry)
         self._histories: Histories | None = None
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         port = settings.answers_metrics_port
         self._metrics = NodeMetrics(self.telemetry, host=settings.host, port=port) if port else None
 
@@ -66,6 +77,7 @@ class Recommender:
         await asyncio.to_thread(self._trial.stop)
         if self._settings.impressions:
             await asyncio.to_thread(self._impressions.stop)
+        self._batches.shutdown(wait=False, cancel_futures=True)
         if self._histories:
             self._histories.close()
         if self._metrics:
@@ -98,9 +110,8 @@ class Recommender:
         request_id = uuid.uuid4().hex
         item_ids = model.catalog.ids(ranking.rows)
         self._shown.add(model, ranking.rows)
-        age_s = None
-        if history and history.updated_ms:
-            age_s = max(0, now_ms - history.updated_ms) / 1000
+        age_s = _age_s(history, now_ms)
+        if age_s is not None:
             self.telemetry.features_age_seconds.observe(age_s)
         if request.user_id and item_ids and self._settings.impressions:
             shown = Shown(
@@ -134,14 +145,8 @@ class Recommender:
         return {
             "request_id": request_id,
             "user_id": request.user_id,
-            "items": _items(model, ranking, item_ids),
-            "model_version": model.version,
-            "teacher_version": model.teacher_version,
             "features_age_s": age_s,
-            "fallback": ranking.fallback,
-            "degraded": reason is not None,
-            "reason": reason,
-            "ignored": ranking.ignored,
+            **_content(model, ranking, item_ids, reason),
         }
 
     async def user(self, user_id: str, *, n: int) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class Recommender:
             await self._histories.read(user_id) if self._histories else UserHistory(user_id=user_id)
         )
         item_ids = history.item_ids[-n:]
-        catalog = self._live.model.catalog if self._live.model else Catalog()
+        catalog = self._live.model.catalog if self._live.model else Items.of(Catalog().to_table())
         rows = catalog.rows(item_ids)
         columns = (
             item_ids,
@@ -179,6 +184,47 @@ class Recommender:
         finally:
             self._impressions.offer(shown)
 
+    async def answer_many(self, request: BatchRequest) -> bytes:
+        """A `BatchAnswer` as JSON. Raises `NoModelError`; nothing else is a failure.
+
+        In a thread of its own, one batch after the other, so that single answers go on meanwhile.
+        Nothing of it counts as shown: whether and when it will be, only the client knows.
+        """
+        loop, model = asyncio.get_running_loop(), self.model
+        return await loop.run_in_executor(self._batches, self._answer_many, model, request)
+
+    def _answer_many(self, model: Model, request: BatchRequest) -> bytes:
+        answers: list[dict[str, Any]] = []
+        user_ids = iter(request.user_ids)
+        while together := list(islice(user_ids, BATCH_USERS)):
+            histories, reason = self._histories_of(together)
+            now_ms = time.time_ns() // 1_000_000
+            for user_id, history in zip(together, histories, strict=True):
+                ranking = rank(model, request.of(user_id), history, now_ms=now_ms)
+                answers.append(
+                    {
+                        "request_id": uuid.uuid4().hex,
+                        "user_id": user_id,
+                        "features_age_s": _age_s(history, now_ms),
+                        **_content(model, ranking, model.catalog.ids(ranking.rows), reason),
+                    }
+                )
+                time.sleep(0)  # whoever waits for the interpreter goes first
+        return orjson.dumps({"answers": answers})
+
+    def _histories_of(
+        self, user_ids: Sequence[str]
+    ) -> tuple[Sequence[UserHistory | None], str | None]:
+        """The users' histories, or None for each and why they could not be had."""
+        nothing = [None] * len(user_ids)
+        if self._histories is None:
+            return nothing, None
+        try:
+            return self._histories.read_now(user_ids), None
+        except UnavailableError as error:
+            self.telemetry.features_failed.inc(len(user_ids))
+            return nothing, _degraded(error)
+
     async def _history(self, user_id: str | None) -> tuple[UserHistory | None, str | None]:
         """The user's history, or None and why it could not be had."""
         if user_id is None or self._histories is None:
@@ -187,7 +233,32 @@ class Recommender:
             return await self._histories.read(user_id), None
         except UnavailableError as error:
             self.telemetry.features_failed.inc()
-            return None, f"answered without the history: {error}"
+            return None, _degraded(error)
+
+
+def _age_s(history: UserHistory | None, now_ms: int) -> float | None:
+    if history is None or not history.updated_ms:
+        return None
+    return max(0, now_ms - history.updated_ms) / 1000
+
+
+def _degraded(error: UnavailableError) -> str:
+    return f"answered without the history: {error}"
+
+
+def _content(
+    model: Model, ranking: Ranking, item_ids: list[str], reason: str | None
+) -> dict[str, Any]:
+    """What of an answer depends on neither the request nor the user."""
+    return {
+        "items": _items(model, ranking, item_ids),
+        "model_version": model.version,
+        "teacher_version": model.teacher_version,
+        "fallback": ranking.fallback,
+        "degraded": reason is not None,
+        "reason": reason,
+        "ignored": ranking.ignored,
+    }
 
 
 def _items(model: Model, ranking: Ranking, item_ids: list[str]) -> list[dict[str, Any]]:

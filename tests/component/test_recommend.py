@@ -144,6 +144,44 @@ def test_answers(live: Settings, promote: Callable[[], int]) -> None:
         assert "reflux_weight_freshness_seconds_count 2.0" in metrics
 
 
+def test_a_batch_answers_each_user_as_alone_and_in_order(
+    live: Settings, promote: Callable[[], int]
+) -> None:
+    promote()
+    user_ids = [f"batch-{at}" for at in range(130)]  # more than are read together
+    for at in (0, 7, 120):
+        write_history(live, user_ids[at], item(at % N_ITEMS), item(3))
+    with serving(live) as client:
+        url = "/v1/recommendations:batch"
+        wanted = {"n": 3, "exclude": [item(7), "unheard-of"], "categories": ["drama"]}
+        response = client.post(url, json={"user_ids": user_ids, **wanted})
+        assert response.status_code == 200, response.text
+        answers = response.json()["answers"]
+        assert [answer["user_id"] for answer in answers] == user_ids
+        assert len({answer["request_id"] for answer in answers}) == len(user_ids)
+        assert [a["user_id"] for a in answers if not a["fallback"]] == [
+            user_ids[at] for at in (0, 7, 120)
+        ]
+        for at in (0, 1, 7, 120):
+            alone = ask(client, user_id=user_ids[at], **wanted)
+            own = {"request_id", "features_age_s"}
+            assert {k: v for k, v in answers[at].items() if k not in own} == {
+                k: v for k, v in alone.items() if k not in own
+            }
+        for bad in (None, [], ["x"] * 1_001, [""]):
+            refused = client.post(url, json={"user_ids": bad})
+            assert refused.status_code == 422
+            assert refused.json()["detail"][0]["field"].startswith("user_ids")
+        unknown = client.post(url, json={"user_ids": ["x"], "users": []}).json()["detail"][0]
+        assert "user_ids" in unknown["fix"]
+        schema = client.get("/openapi.json").json()["paths"][url]["post"]
+        assert "user_ids" in str(schema["requestBody"]) and "200" in schema["responses"]
+        assert (
+            'reflux_answers_total{fallback="batch",status="200"} 130.0'
+            in client.get("/metrics").text
+        )
+
+
 def test_a_bad_request_is_told_the_field_the_value_and_the_fix(
     live: Settings, promote: Callable[[], int]
 ) -> None:
