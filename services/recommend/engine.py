@@ -40,6 +40,7 @@ class Model:
     student: ServingStudent
     catalog: Items
     nearest: Nearest | None = None  # how a big catalog is searched; None: every item is scored
+    clustered_in_vain: int = 0  # versions since clusters were found not to help; 0: they were not
 
     def __post_init__(self) -> None:
         if self.student.n_rows != len(self.catalog):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -15,12 +14,14 @@ from services.core.errors import NothingServingError
 from services.core.models.student import Student
 from services.core.registry import MANIFEST, Registry, Serving
 from services.recommend.engine import Model, rank
+from services.recommend.fetched import Fetched
 from services.recommend.items import COLUMNS, Items
 from services.recommend.nearest import Nearest
 from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
 EXACT_ITEMS: Final = 100_000
+CLUSTER_AGAIN: Final = 100  # versions after clusters have not helped: it takes seconds to find out
 CATALOG: Final = "catalog.parquet"
 RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
 
@@ -41,9 +42,12 @@ class LiveModel:
         poll_s: float,
         telemetry: Telemetry,
         exact_items: int = EXACT_ITEMS,
+        shared: Path | None = None,
     ) -> None:
+        """`shared`: see `Fetched`."""
         self.model: Model | None = None
         self._registry = registry
+        self._fetched, self._share = Fetched(registry, shared), shared is not None
         self._poll_s = poll_s
         self._exact_items = exact_items
         self._telemetry = telemetry
@@ -92,9 +96,8 @@ class LiveModel:
             raise
 
     def _take(self, version: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
-            fetched = self._registry.fetch("student", version, Path(aside))
-            model = load(fetched, self.model, exact_items=self._exact_items)
+        with self._fetched.version(version) as directory:
+            model = load(directory, self.model, exact_items=self._exact_items, share=self._share)
         warm_up(model)
         self.model = model  # the swap
         now_ms = time.time_ns() // 1_000_000
@@ -117,17 +120,26 @@ class LiveModel:
 
 
 def load(
-    directory: Path, previous: Model | None = None, *, exact_items: int = EXACT_ITEMS
+    directory: Path,
+    previous: Model | None = None,
+    *,
+    exact_items: int = EXACT_ITEMS,
+    share: bool = False,
 ) -> Model:
     """The model in a directory that `Registry.fetch` gave; what it has in common with the
-    `previous` one is taken over. Above `exact_items` it is searched approximately."""
+    `previous` one is taken over. Above `exact_items` it is searched approximately; `share`: see
+    `Student.load_for_serving`."""
     manifest = json.loads((directory / MANIFEST).read_text())
     table = pq.read_table(directory / CATALOG, columns=COLUMNS, use_threads=False)
-    student = Student.load_for_serving(directory)
+    student = Student.load_for_serving(directory, share=share)
     items = Items.of(table, previous.catalog if previous else None)
-    nearest = None
+    nearest, in_vain = None, 0
     if len(items) > exact_items:
-        nearest = Nearest.build(student, items.popularity, previous.nearest if previous else None)
+        tried = previous.clustered_in_vain if previous else 0
+        if tried % CLUSTER_AGAIN == 0:
+            known = previous.nearest if previous else None
+            nearest = Nearest.build(student, items.popularity, known)
+        in_vain = 0 if nearest else tried + 1
     return Model(
         version=manifest["version"],
         teacher_version=manifest.get("teacher_version"),
@@ -135,6 +147,7 @@ def load(
         student=student,
         catalog=items,
         nearest=nearest,
+        clustered_in_vain=in_vain,
     )
 
 

@@ -44,11 +44,13 @@ class Recommender:
     def __init__(self, settings: Settings) -> None:
         self.telemetry = Telemetry()
         self._settings = settings
+        several = max(settings.replicas, settings.max_replicas) > 1
         self._live = LiveModel(
             Registry(settings.registry),
             poll_s=settings.serving_poll_s,
             telemetry=self.telemetry,
             exact_items=settings.exact_items,
+            shared=settings.home.absolute() / "served" if several else None,
         )
         self._trial = LiveTrial(Registry(settings.registry), poll_s=settings.serving_poll_s)
         self._impressions = Impressions(Publisher(settings), self.telemetry)

@@ -35,18 +35,17 @@ _BLOCK: Final = (
 class ServingStudent:
     """A frozen student: what answers need and nothing else, on weights of its own."""
 
-    def __init__(self, config: EncoderConfig, weights: Mapping[str, Tensor]) -> None:
-        """`weights`: a student's `state_dict`, without the need for a student."""
+    def __init__(
+        self, config: EncoderConfig, weights: Mapping[str, Tensor], table_VD: Floats
+    ) -> None:
+        """`weights`: a student's `state_dict`; `table_VD`: what `table_of` makes of it."""
         encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
-        table_VD = item_table(
-            encoder["item_id.weight"], encoder["content.weight"], encoder["content_VC"]
-        )
         self.n_rows = len(table_VD)
         # One more than the last event can look at: the first one's gap counts as none.
         looks_at = config.n_layers * (config.max_len - 1) + 1 + config.n_recent
         whole = 2 * config.max_len if config.ordered else config.max_len
         self.max_events = min(whole, looks_at + 1) if config.ordered else whole
-        self.table_VD: Floats = table_VD.detach().numpy()
+        self.table_VD = table_VD
         self.bias_V = _own(weights["bias_V"])
         self.bias_V[0] = -np.inf  # padding is no item
         weight_V = encoder.get("weight_V")
@@ -104,6 +103,13 @@ class ServingStudent:
         for back, weight_D in enumerate(self._recent_KD[: len(x_LD) - 1], start=1):
             y_LD[back:] += x_LD[:-back] * weight_D
         return y_LD
+
+
+def table_of(weights: Mapping[str, Tensor]) -> Floats:
+    """The item table (V, D) of a student's `state_dict`."""
+    names = ("item_id.weight", "content.weight", "content_VC")
+    table_VD: Floats = item_table(*(weights[f"encoder.{name}"] for name in names)).numpy()
+    return table_VD
 
 
 def _own(tensor: Tensor) -> Floats:

@@ -9,17 +9,23 @@ K candidates.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from services.core.models.encoder import EncoderConfig
 from services.core.models.recommender import CONFIG, WEIGHTS, Recommender
-from services.core.models.serving import ServingStudent
+from services.core.models.serving import ServingStudent, table_of
+
+TABLE: Final = "table.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +62,27 @@ class Student(Recommender):
 
     def for_serving(self) -> ServingStudent:
         """What answers need and nothing else, on weights of its own."""
-        return ServingStudent(self.config, self.state_dict())
+        weights = self.state_dict()
+        return ServingStudent(self.config, weights, table_of(weights))
 
     @classmethod
-    def load_for_serving(cls, directory: Path) -> ServingStudent:
-        """The same of what `save` wrote, on the file's own pages meanwhile: at 1M items no module
-        is filled with random numbers first, and nothing is copied that isn't kept."""
+    def load_for_serving(cls, directory: Path, *, share: bool = False) -> ServingStudent:
+        """The same of what `save` wrote, without a module that is filled with random numbers first.
+
+        `share`: the item table is put beside it and mapped, so that who else loads from this
+        directory has the same pages. It may be deleted meanwhile, but not written to.
+        """
         config = json.loads((directory / CONFIG).read_text())
         del config["n_rows"]
-        return ServingStudent(cls.config_type(**config), load_file(directory / WEIGHTS))
+        weights = load_file(directory / WEIGHTS)
+        table_VD = _mapped_table(directory, weights) if share else table_of(weights)
+        return ServingStudent(cls.config_type(**config), weights, table_VD)
+
+
+def _mapped_table(directory: Path, weights: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    path = directory / TABLE
+    if not path.exists():
+        aside = path.with_suffix(".new.npy")
+        np.save(aside, table_of(weights))
+        aside.rename(path)
+    return np.asarray(np.load(path, mmap_mode="r"))
