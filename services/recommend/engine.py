@@ -114,7 +114,7 @@ def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[st
 
     A client may send what the user did just now both as events and as recent items.
     """
-    if history is None:
+    if history is None or not recent_items:
         return recent_items
     stored = list(history.item_ids[-len(recent_items) :])
     for overlap in range(min(len(stored), len(recent_items)), 0, -1):

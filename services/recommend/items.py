@@ -130,5 +130,6 @@ def _rows_of_category(categories: pa.Array, previous: Items | None) -> dict[str,
     groups = np.split(row_of_name[order], ends[:-1]) if len(ends) else []
     for name, rows in zip(names.dictionary.to_pylist(), groups, strict=True):
         folded = name.casefold()
-        found[folded] = np.concatenate([found.get(folded, _NOTHING), rows])
+        # A row counts once, even if an item names a category twice or in both cases.
+        found[folded] = np.union1d(found.get(folded, _NOTHING), rows)
     return found

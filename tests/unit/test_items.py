@@ -59,6 +59,12 @@ def test_a_shorter_catalog_does_not_know_what_a_longer_one_has() -> None:
     assert short.in_category("western") is None
 
 
+def test_a_category_named_twice_holds_the_item_once() -> None:
+    items = Items.of(grown(["Noir", "noir", "Noir"], ["NOIR"]).to_table())
+    found = items.in_category("noir")
+    assert found is not None and items.ids(found) == ["new-0", "new-1"]
+
+
 def test_an_older_version_goes_on_as_it_was_while_a_newer_one_is_made() -> None:
     old = Items.of(catalog().to_table())
     before = described(old, catalog())
