@@ -55,7 +55,7 @@ class Nearest:
         faiss.omp_set_num_threads(1)  # of this thread: others are answering
         vectors = np.concatenate([student.table_VD[1:], student.bias_V[1:, None]], axis=1)
         queries = _queries(student, popularity_V)
-        exact = _exact(vectors, queries)
+        exact = _exact(faiss, vectors, queries)
         n_clusters = int(2 * len(vectors) ** 0.5)
         if previous is not None and previous._index.nlist > n_clusters // 2:
             index, cluster_of = _updated(faiss, vectors, previous)
@@ -155,14 +155,11 @@ def _queries(student: ServingStudent, popularity_V: Floats) -> Floats:
     return queries
 
 
-def _exact(vectors: Floats, queries: Floats) -> list[set[int]]:
-    """The best rows of each query; a few queries at a time, for the memory's sake."""
-    best: list[set[int]] = []
-    for query in queries:
-        scores = vectors @ query
-        depth = min(DEPTH, len(scores))
-        best.append(set((1 + np.argpartition(-scores, depth - 1)[:depth]).tolist()))
-    return best
+def _exact(faiss: Any, vectors: Floats, queries: Floats) -> list[set[int]]:
+    """The best rows of each query."""
+    depth = min(DEPTH, len(vectors))
+    found = faiss.knn(queries, vectors, depth, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return [set(rows) for rows in (1 + found).tolist()]
 
 
 def _probes(
