@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +34,7 @@ Ledger = dict[int, list[list[int]]]  # per partition the ranges [first, next) le
 class Counters:
     """Plain numbers that outlive a restart."""
 
+    seed: int = 0  # of what is replayed
     steps: int = 0
     events_learned: int = 0  # since warm-up
     rejected_in_a_row: int = 0
@@ -63,7 +63,6 @@ class State:
     ledger: Ledger
     quality: Prequential
     counters: Counters
-    rng: np.random.Generator
     frozen: Student | None = None
     proved: Student | None = None
 
@@ -91,7 +90,6 @@ def save(state: State, directory: Path, *, rank: int) -> None:
             "positions": state.positions,
             "ledger": state.ledger,
             "quality": state.quality.state(),
-            "rng": state.rng.bit_generator.state,
         },
     )
     save_file({"torch_rng": torch.get_rng_state()}, own / "rng.safetensors")
@@ -109,7 +107,7 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
     """What `save` wrote, possibly by another number of workers: partitions decide who owns what."""
     ranks = sorted(directory.glob("rank-*"))
     owns = [json.loads((path / "own.json").read_text()) for path in ranks]
-    mine = owns[rank] if rank < len(owns) else None
+    qualities = [Prequential.from_state(own["quality"]) for own in owns[rank::world]]
     counters = Counters(**json.loads((directory / "shared.json").read_text()))
     student = Student.load(directory / "student")
     optimizer = adam(student, config)
@@ -128,15 +126,13 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
         ),
         positions=_owned([own["positions"] for own in owns], rank, world),
         ledger=_owned([own["ledger"] for own in owns], rank, world),
-        quality=Prequential() if mine is None else Prequential.from_state(mine["quality"]),
+        quality=Prequential.total(qualities) if qualities else Prequential(),
         counters=counters,
-        rng=np.random.default_rng([rank, counters.steps]),
         frozen=_load_if_there(directory / "frozen"),
         proved=_load_if_there(directory / "proved"),
     )
-    if mine is not None and len(owns) == world:
+    if len(owns) == world:
         # Last of all, for making a model draws from torch's generator.
-        state.rng.bit_generator.state = mine["rng"]
         torch.set_rng_state(load_file(ranks[rank] / "rng.safetensors")["torch_rng"])
     return state
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--recipe", help=f"one of {', '.join(recipes.RECIPES)}")
     try:
         settings = Settings.load()
-        recipe = recipes.load(arguments.parse_args(argv).recipe or settings.recipe)
+        recipe = recipes.chosen(settings, arguments.parse_args(argv).recipe)
     except (RefluxError, ValueError) as error:
         sys.exit(str(error))
     # report() waits for the controller's next look; Train's default of 2 s would stall the stream.
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         torch_config=RendezvousConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
+            placement_strategy=config.placement,
             resources_per_worker={"CPU": config.cpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
@@ -119,6 +120,7 @@ def train_loop(given: dict[str, Any]) -> None:
         config=recipe.distill,
         width=recipe.student.teacher_dim,
         first=state.counters.first_teacher,
+        peers=peers,
     )
     teachers.align(state.catalog)
     teachers.start()

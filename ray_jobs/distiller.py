@@ -1,10 +1,11 @@
 """The distillation loop: predict each micro-batch of the stream, then learn it."""
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ray_jobs.telemetry import Telemetry
 from ray_jobs.warm_up import warm_up
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
-from services.core.metrics import Ranks, ndcg_at
+from services.core.metrics import Ranks, gains_at
 from services.core.settings import Settings
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
@@ -48,10 +49,20 @@ class Pending:
 
     batch: MicroBatch  # the new events, then the replayed ones
     n_new: int
+    n_all: int  # new events of all workers: where there are none, nobody learns
     asked: Asked
     ranks: dict[str, Ranks]  # of the new events, by who predicted them
     arrivals_ms: NDArray[np.int64]
     positions: dict[int, int]  # after it
+
+
+class _Read(NamedTuple):
+    """What one worker tells the others of what it has just read."""
+
+    n_new: int
+    lists_answered: int
+    lists_hit: int
+    users: dict[int, int]  # remembered, by partition
 
 
 class Distiller:
@@ -124,7 +135,7 @@ class Distiller:
         self._learn()
         self._pending = pending
         self._predict(pending, known_rows=known_rows)
-        self.telemetry.lag.set(self._source.lag_events())
+        self.telemetry.lag.set(sum(self._peers.gather(self._source.lag_events())))
         self.state.catalog.observe(heard)
         self._look_after_teachers()
         if not self._taught:
@@ -154,7 +165,7 @@ class Distiller:
             self._publish()
 
     def _meet_items(self, received: Received) -> NDArray[np.int64]:
-        """Give new items their rows, in the same order at every worker; return all rows heard."""
+        """Give new items their rows, the same at every worker; return all rows heard."""
         state, described = self.state, None
         if self._is_due("items", ITEMS_EVERY_S) and self._peers.rank == 0:
             since = {int(p): at for p, at in state.counters.items_until.items()}
@@ -167,14 +178,15 @@ class Distiller:
         if described is not None:
             state.catalog.describe(described)
         told = self._peers.gather(received.item_ids)
-        heard = [state.catalog.add(item_ids) for item_ids in told]
+        # Sorted: who has read what must not decide which row an item gets, nor what is popular.
+        heard = state.catalog.add(sorted(itertools.chain(*told)))
         if len(state.catalog) > known_rows or described is not None:
             state.student.grow(state.catalog.content, optimizer=state.optimizer)
             for model in (state.frozen, state.proved):
                 if model is not None:
                     model.grow(state.catalog.content)
             self._teachers.align(state.catalog)
-        return np.concatenate(heard)
+        return heard
 
     def _read(self, received: Received, *, known_rows: int) -> Pending:
         """Group by user, remember, add what is replayed, and ask the teachers about all of it."""
@@ -186,27 +198,32 @@ class Distiller:
         answered, hits = answer_lists(
             received, arrivals.events["row"], state.histories, state.catalog
         )
-        state.counters.lists_answered += answered
-        state.counters.lists_hit += hits
         news = group(arrivals, state.histories)
         absorb(news, state.histories)
         n_new = sum(int(user.new.sum()) for user in news)
+        told = self._peers.gather(_Read(n_new, answered, hits, state.histories.sizes()))
+        n_all = sum(one.n_new for one in told)
+        state.counters.lists_answered += sum(one.lists_answered for one in told)
+        state.counters.lists_hit += sum(one.lists_hit for one in told)
+        n_waiting = int(self._pending is not None and self._pending.n_all > 0)
         old = (
             replay.draw(
                 state.histories,
-                state.rng,
+                [state.counters.seed, state.counters.steps + n_waiting],
+                sizes={p: n for one in told for p, n in one.users.items()},
                 users=config.replay_users,
                 window=config.context_events,
                 ordered=state.student.config.ordered,
                 leave_out={user.user_id for user in news},
             )
-            if n_new and config.replay_weight
+            if n_all and config.replay_weight
             else []
         )
         batch = MicroBatch.of([*news, *old], context=config.context_events)
         asked = Asked()
         if n_new:
             self._probe = MicroBatch.of(news, context=config.context_events)
+        if len(batch):
             asked = self._teachers.ask(
                 batch,
                 stale=self._source.lag_events() < config.max_events,
@@ -217,6 +234,7 @@ class Distiller:
         return Pending(
             batch=batch,
             n_new=n_new,
+            n_all=n_all,
             asked=asked,
             ranks={},
             arrivals_ms=received.arrivals_ms,
@@ -244,13 +262,14 @@ class Distiller:
         if pending is None:
             return
         state, config = self.state, self._config
-        if pending.n_new or self._peers.world > 1:
+        if pending.n_all:
             labels, stale = self._teachers.answer(pending.asked)
+            teacher = None if labels is None else labels.ranks
             if pending.n_new:
-                self._account(pending, None if labels is None else labels.ranks, stale)
+                self._account(pending, teacher, stale)
+            trust = self._trust(pending, teacher)
             weights_N = torch.full((len(pending.batch),), config.replay_weight)
             weights_N[: pending.n_new] = 1.0
-            trust = self._trust()
             with self.telemetry.step.time():
                 terms = learn(
                     state.student,
@@ -264,30 +283,39 @@ class Distiller:
                 )
             self.telemetry.stepped(terms, trust=trust)
             state.counters.steps += 1
-            state.counters.events_learned += pending.n_new
-            self.telemetry.learned.inc(pending.n_new)
+            state.counters.events_learned += pending.n_all
+            self.telemetry.learned.inc(pending.n_all)
             self.publisher.learned(pending.arrivals_ms)
         state.learned(pending.positions)
 
     def _account(self, pending: Pending, teacher: Ranks | None, stale: Ranks | None) -> None:
-        ranks, counters = dict(pending.ranks), self.state.counters
-        keep = 0.5 ** (pending.n_new / EMA_EVENTS)
+        ranks = dict(pending.ranks)
         if teacher is not None:
             ranks["teacher"] = teacher
-            if not counters.teacher_ndcg:  # a teacher's first batch: no past to average with
-                keep = 0.0
-            new = ndcg_at(teacher, 10)
-            counters.teacher_ndcg = keep * counters.teacher_ndcg + (1 - keep) * new
-            new = ndcg_at(ranks["student"], 10)
-            counters.student_ndcg = keep * counters.student_ndcg + (1 - keep) * new
         if stale is not None:
             ranks["stale_teacher"] = stale
         self.state.quality.add(ranks)
         self._scored(pending.batch, ranks)
 
-    def _trust(self) -> float:
+    def _trust(self, pending: Pending, teacher: Ranks | None) -> float:
+        """What the teacher deserves, judged by what all workers have seen of it."""
         counters, offsets = self.state.counters, self._teachers.offsets
         age = sum(max(0, at - offsets.get(p, at)) for p, at in self.state.positions.items())
+        n_new, by_teacher, by_student = 0, 0.0, 0.0
+        if teacher is not None and pending.n_new:
+            n_new = pending.n_new
+            by_teacher = float(gains_at(teacher, 10).sum())
+            by_student = float(gains_at(pending.ranks["student"], 10).sum())
+        seen = (age, n_new, by_teacher, by_student)
+        age, n_scored, by_teacher, by_student = map(
+            sum, zip(*self._peers.gather(seen), strict=True)
+        )
+        if n_scored:
+            # A teacher's first batch: no past to average with.
+            keep = 0.5 ** (pending.n_all / EMA_EVENTS) if counters.teacher_ndcg else 0.0
+            for name, gain in (("teacher_ndcg", by_teacher), ("student_ndcg", by_student)):
+                mean = keep * getattr(counters, name) + (1 - keep) * gain / n_scored
+                setattr(counters, name, mean)
         return trust_in(
             age_events=age,
             half_life_events=self._config.teacher_half_life_events,

@@ -17,7 +17,7 @@ NO_EVENTS: npt.NDArray[np.void] = np.zeros(0, EVENT)
 EventRows = npt.NDArray[np.void]
 
 SAMPLE_CAP = 256  # events beyond which a user is not drawn more often
-SAMPLE_TRIES = 32  # draws per wanted user before making do with fewer
+SAMPLE_TRIES = 32  # draws before making do with nobody
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Histories:
             raise ValueError(f"keep={keep}: must be at least 1")
         self._keep = keep
         self._users: dict[str, _User] = {}
-        self._ids: list[str] = []  # in the order met, for `sample`
+        self._ids: dict[int, list[str]] = {}  # by partition, in the order met, for `sample`
 
     def __len__(self) -> int:
         return len(self._users)
@@ -65,9 +65,10 @@ class Histories:
 
     def forget(self, user_id: str) -> bool:
         """Drop all that is known of a user; whether there was anything."""
-        if self._users.pop(user_id, None) is None:
+        user = self._users.pop(user_id, None)
+        if user is None:
             return False
-        self._ids.remove(user_id)
+        self._ids[user.partition].remove(user_id)
         return True
 
     def show(self, user_id: str, rows: npt.NDArray[np.int32], *, partition: int) -> None:
@@ -82,22 +83,24 @@ class Histories:
         shown, user.shown = user.shown, None
         return shown
 
-    def sample(self, rng: np.random.Generator, n: int) -> list[str]:
-        """`n` distinct users (fewer where there are few), more likely the more events they have."""
-        drawn: dict[str, None] = {}
-        for _ in range(SAMPLE_TRIES * n if self._ids else 0):
-            user_id = self._ids[int(rng.integers(len(self._ids)))]
+    def sizes(self) -> dict[int, int]:
+        """How many users each partition has."""
+        return {partition: len(ids) for partition, ids in self._ids.items() if ids}
+
+    def sample(self, rng: np.random.Generator, *, partition: int) -> str | None:
+        """A user of that partition, more likely one with more events; rarely none."""
+        ids = self._ids.get(partition, [])
+        for _ in range(SAMPLE_TRIES if ids else 0):
+            user_id = ids[int(rng.integers(len(ids)))]
             if rng.random() * SAMPLE_CAP < len(self.of(user_id)):
-                drawn[user_id] = None
-            if len(drawn) == n:
-                break
-        return list(drawn)
+                return user_id
+        return None
 
     def _meet(self, user_id: str, partition: int) -> _User:
         user = self._users.get(user_id)
         if user is None:
             user = self._users[user_id] = _User(partition)
-            self._ids.append(user_id)
+            self._ids.setdefault(partition, []).append(user_id)
         return user
 
     def to_table(self) -> pa.Table:

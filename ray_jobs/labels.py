@@ -29,6 +29,16 @@ class Labels:
     hidden_NT: NDArray[np.float16]
     ranks: Ranks
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Labels]") -> "Labels":
+        """Of `MicroBatch.parts`, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        names = vars(parts[0])
+        return cls(
+            **{name: np.concatenate([getattr(one, name) for one in parts]) for name in names}
+        )
+
 
 @torch.no_grad()
 def label(

@@ -118,16 +118,15 @@ def learn(
     peers: Peers = ALONE,
 ) -> dict[str, float]:
     """One step; returns the terms of its loss (none where the batch has nothing to learn)."""
-    n_warm = int((batch.at_N != COLD).sum())
+    weight = float(weights_N[torch.from_numpy(batch.at_N != COLD)].sum())
     terms: dict[str, Tensor] = {}
     student.train()
     optimizer.zero_grad(set_to_none=True)
-    if n_warm:
+    if weight:
         terms = loss_terms(student, batch, labels, config=config, weights_N=weights_N, trust=trust)
         sum(terms.values(), torch.zeros(())).backward()
-    elif peers.world == 1:
+    if not peers.average(student, weight):
         return {}
-    peers.average(student, float(n_warm))
     torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
     optimizer.step()
     return {name: term.item() for name, term in terms.items()}

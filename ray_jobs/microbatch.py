@@ -143,6 +143,38 @@ class MicroBatch:
             seen_row_S=_joined(seen_rows),
         )
 
+    def parts(self, n: int) -> list[Self]:
+        """The same sequences and targets in order, as at most `n` batches of about one size."""
+        n = min(n, len(self.lengths))
+        if n <= 1:
+            return [self]
+        begins = np.concatenate([[0], np.cumsum(self.lengths)])  # of sequences, in E
+        evenly = np.linspace(0, begins[-1], n + 1)[1:-1]
+        cuts = np.unique([0, *np.searchsorted(begins, evenly), len(self.lengths)])
+        # A target goes with the event that predicts it; `COLD` ones with the targets before them.
+        first = np.searchsorted(np.maximum.accumulate(self.at_N), begins[cuts])
+        first[0], first[-1] = 0, len(self)
+        return [
+            self._part(slice(*cuts[i : i + 2]), slice(*first[i : i + 2]), begins)
+            for i in range(len(cuts) - 1)
+        ]
+
+    def _part(self, sequences: slice, targets: slice, begins: Ints) -> Self:
+        events = slice(begins[sequences.start], begins[sequences.stop])
+        pairs = slice(*np.searchsorted(self.seen_S, [targets.start, targets.stop]))
+        at_N = self.at_N[targets]
+        return type(self)(
+            rows_E=self.rows_E[events],
+            types_E=self.types_E[events],
+            gaps_E=self.gaps_E[events],
+            lengths=self.lengths[sequences],
+            at_N=np.where(at_N == COLD, COLD, at_N - events.start),
+            target_N=self.target_N[targets],
+            key_N=self.key_N[targets],
+            seen_S=self.seen_S[pairs] - targets.start,
+            seen_row_S=self.seen_row_S[pairs],
+        )
+
     @cached_property
     def lines(self) -> Lines:
         """Pack the sequences, longest first, each into the first line with room."""

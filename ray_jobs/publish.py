@@ -8,15 +8,16 @@ next version puts right what serves. Going back halves the learning rate, a proo
 """
 
 import copy
+import itertools
 import logging
 import tempfile
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from ray_jobs import gate
 from ray_jobs.checkpoint import State
@@ -61,8 +62,9 @@ class Publisher:
         self._keep = keep
         self._peers = peers
         self._telemetry = telemetry
-        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of the proved version
-        self._arrivals_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of the proved; all workers'
+        self._own_gains: list[tuple[Gains, Gains]] = []  # the same, not yet told to the others
+        self._arrivals_ms: list[NDArray[np.int64]] = []
         self._positions: dict[int, int] = {}  # as of the newest version
         self._teacher: int | None = None  # the same
 
@@ -76,9 +78,9 @@ class Publisher:
     def scored(self, student: Ranks, proved: Ranks | None) -> None:
         """Take in one micro-batch's ranks, before it is learned."""
         if proved is not None:
-            self._gains.append((gains_at(student, K), gains_at(proved, K)))
+            self._own_gains.append((gains_at(student, K), gains_at(proved, K)))
 
-    def learned(self, arrivals_ms: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+    def learned(self, arrivals_ms: NDArray[np.int64]) -> None:
         self._arrivals_ms.append(arrivals_ms)
 
     def publish(self, probe: MicroBatch) -> Verdict:
@@ -87,7 +89,10 @@ class Publisher:
         `probe`: some users' latest sequences, to see whether the answers still differ.
         """
         state, counters = self._state, self._state.counters
-        verdict = self._peers.gather(self._judge(probe))[0]
+        for told in self._peers.gather(self._own_gains):
+            self._gains += told
+        self._own_gains = []
+        verdict = self._judge(probe)
         counters.rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
         if verdict.promoted:
             verdict = self._peers.gather(self._unless_held(verdict))[0]
@@ -101,7 +106,12 @@ class Publisher:
             verdict = Verdict(promoted=False, reason=reason)
         qualities = self._peers.gather(state.quality)
         positions = _merged(self._peers.gather(state.positions))
-        written = self._peers.rank != 0 or self._try_to_write(verdict, qualities, positions)
+        arrivals_ms = np.concatenate(
+            [np.zeros(0, np.int64), *itertools.chain(*self._peers.gather(self._arrivals_ms))]
+        )
+        written = self._peers.rank != 0 or self._try_to_write(
+            verdict, qualities, positions, arrivals_ms
+        )
         if not self._peers.gather(written)[0]:
             return Verdict(promoted=False, reason="the registry couldn't be written")
         counters.published, counters.serving = self._peers.gather(
@@ -109,7 +119,7 @@ class Publisher:
         )[0]
         if verdict.promoted:
             state.frozen = state.frozen or copy.deepcopy(state.student)
-            n_events = self._peers.gather(sum(len(student) for student, _ in self._gains))[0]
+            n_events = sum(len(student) for student, _ in self._gains)
             if state.proved is None or n_events >= self._config.bar.proof_events:
                 self._prove()
         if pull_back:
@@ -150,7 +160,7 @@ class Publisher:
         finite = all(bool(torch.isfinite(p).all()) for p in self._state.student.parameters())
         evidence = Evidence(
             finite=finite,
-            lists=top_lists(self._state.student, probe),
+            lists=np.concatenate(self._peers.gather(top_lists(self._state.student, probe))),
             gains=student,
             proved_gains=proved,
         )
@@ -168,19 +178,27 @@ class Publisher:
         )
 
     def _try_to_write(
-        self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]
+        self,
+        verdict: Verdict,
+        qualities: list[Prequential],
+        positions: dict[int, int],
+        arrivals_ms: NDArray[np.int64],
     ) -> bool:
         """False where the registry's disk is full or its store away: the job learns on, and the
         next version tells of all that this one would have told."""
         try:
-            self._write(verdict, qualities, positions)
+            self._write(verdict, qualities, positions, arrivals_ms)
         except OSError as error:
             logger.error("no new version, the registry can't be written: %s", error)
             return False
         return True
 
     def _write(
-        self, verdict: Verdict, qualities: list[Prequential], positions: dict[int, int]
+        self,
+        verdict: Verdict,
+        qualities: list[Prequential],
+        positions: dict[int, int],
+        arrivals_ms: NDArray[np.int64],
     ) -> None:
         state, counters = self._state, self._state.counters
         metrics = {**Prequential.total(qualities).metrics(), **self._live()}
@@ -200,7 +218,7 @@ class Publisher:
                     "code_version": package_version("reflux"),
                     "parent": counters.serving,
                     "gate": verdict.as_manifest(),
-                    "arrivals_ms": self._arrived(),
+                    "arrivals_ms": _arrived(arrivals_ms),
                     "events_learned": counters.events_learned,
                     "learning_rate": counters.learning_rate,
                     "items": len(state.catalog) - 1,
@@ -233,13 +251,13 @@ class Publisher:
             "live.hit@10": counters.lists_hit / counters.lists_answered,
         }
 
-    def _arrived(self) -> dict[str, int] | None:
-        """When the events arrived that this version has learned and the one before hadn't."""
-        arrived = np.concatenate([np.zeros(0, np.int64), *self._arrivals_ms])
-        if len(arrived) == 0:
-            return None
-        oldest, median, newest = np.percentile(arrived, [0, 50, 100], method="nearest")
-        return {"oldest": int(oldest), "median": int(median), "newest": int(newest)}
+
+def _arrived(arrivals_ms: NDArray[np.int64]) -> dict[str, int] | None:
+    """When the events arrived that a version has learned and the one before hadn't."""
+    if len(arrivals_ms) == 0:
+        return None
+    oldest, median, newest = np.percentile(arrivals_ms, [0, 50, 100], method="nearest")
+    return {"oldest": int(oldest), "median": int(median), "newest": int(newest)}
 
 
 def _merged(parts: list[dict[int, int]]) -> dict[int, int]:

@@ -6,11 +6,14 @@ Add a recipe by adding a plain function to `RECIPES`.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from ray_jobs.gate import Bar
 from services.core.models.encoder import EncoderConfig
 from services.core.models.student import StudentConfig
+from services.core.settings import Settings
+
+Placement = Literal["PACK", "SPREAD"]  # workers on as few nodes as can be, or on as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,9 @@ class TrainConfig:
     first, and the learning rate comes down over whichever is nearer."""
 
     num_workers: int = 1
+    shards: int = 0  # of users, equal numbers to each worker; 0: one a worker
+    fsdp: bool = False  # each worker holds a part of the teacher, not all of it
+    placement: Placement = "PACK"
     use_gpu: bool = False
     gpu_share: float = 1.0  # of one GPU for each worker; less leaves room for who labels there
     cpus_per_worker: float = 1.0
@@ -29,7 +35,7 @@ class TrainConfig:
     refresh_epochs: float  # when a previous teacher is at hand to start from
     refresh_train_s: float
     line_events: int  # events per packed line: the longest context in training
-    batch_lines: int  # packed lines per step and worker
+    batch_lines: int  # packed lines per step and shard
     learning_rate: float
     refresh_learning_rate: float
     muon_factor: float = 3.3  # Muon's learning rate (the blocks' matrices) over AdamW's (the rest)
@@ -44,17 +50,30 @@ class TrainConfig:
     checkpoint_every_s: float = 30.0
     max_failures: int = 3  # killed workers survived
 
+    def __post_init__(self) -> None:
+        if self.n_shards % self.num_workers:
+            raise ValueError(
+                f"shards={self.shards}: must be a multiple of num_workers={self.num_workers}"
+            )
+
+    @property
+    def n_shards(self) -> int:
+        return self.shards or self.num_workers
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """How the student learns, for ever. A weight of 0 switches its term off."""
 
     num_workers: int = 1
+    placement: Placement = "PACK"
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1
     niceness: int = 0  # > 0 where answers are served from the same cores
-    label_cpus: float = 1.0  # of each teacher that labels
-    label_gpus: float = 0.0  # the same; above 0 it labels on the GPU
+    label_actors: int = 1  # that share the labelling of each worker's micro-batches, at least
+    label_actors_most: int = 1  # while the student waits for labels
+    label_cpus: float = 1.0  # of each such actor
+    label_gpus: float = 0.0  # the same, a fraction too; above 0 it labels on the GPU
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -171,6 +190,25 @@ def smoke_cpu() -> Recipe:
             tiny.train, num_workers=1, max_epochs=3, max_train_s=15, refresh_epochs=1
         ),
         distill=dataclasses.replace(tiny.distill, warm_up_s=8, warm_up_epochs=1),
+    )
+
+
+def smoke_cluster() -> Recipe:
+    """`smoke_cpu` over nodes: two workers each, on different ones; refreshes of 40 s, to be
+    disturbed (`reflux bench cluster`)."""
+    smoke = smoke_cpu()
+    return dataclasses.replace(
+        smoke,
+        name="smoke_cluster",
+        train=dataclasses.replace(
+            smoke.train,
+            num_workers=2,
+            placement="SPREAD",
+            refresh_epochs=1_000,
+            refresh_train_s=40,
+            checkpoint_every_s=3,
+        ),
+        distill=dataclasses.replace(smoke.distill, num_workers=2, placement="SPREAD"),
     )
 
 
@@ -298,12 +336,22 @@ def many_gpus() -> Recipe:
             max_train_s=4 * 3600,
             refresh_train_s=3600,
         ),
+        distill=dataclasses.replace(one.distill, num_workers=4, warm_up_users=32),
     )
 
 
 RECIPES: Final[dict[str, Callable[[], Recipe]]] = {
     recipe.__name__: recipe
-    for recipe in (tiny_cpu, two_cores, smoke_cpu, blocks_cpu, one_gpu_1m, one_gpu, many_gpus)
+    for recipe in (
+        tiny_cpu,
+        two_cores,
+        smoke_cpu,
+        smoke_cluster,
+        blocks_cpu,
+        one_gpu_1m,
+        one_gpu,
+        many_gpus,
+    )
 }
 
 
@@ -312,3 +360,16 @@ def load(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r}: no such recipe; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def chosen(settings: Settings, name: str | None = None) -> Recipe:
+    """The recipe of that name (None: the settings'), with as many workers as the settings ask."""
+    recipe = load(name or settings.recipe)
+    train, distill = recipe.train, recipe.distill
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(train, num_workers=settings.teacher_workers or train.num_workers),
+        distill=dataclasses.replace(
+            distill, num_workers=settings.student_workers or distill.num_workers
+        ),
+    )

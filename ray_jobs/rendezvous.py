@@ -1,5 +1,4 @@
-"""How the workers of a job find each other: Ray Train's torch backend, kept to loopback where the
-node is.
+"""How the workers of a job find each other: Ray Train's torch backend, kept to the node's address.
 
 Worker 0 hosts torch's key-value store, which listens on every interface, without asking who comes,
 and neither Ray Train nor torch's `env://` has a setting for that.
@@ -13,8 +12,6 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-LOOPBACK = "127.0.0.1"
-
 
 class RendezvousConfig(TorchConfig):
     """`TorchTrainer(torch_config=RendezvousConfig(), ...)`."""
@@ -26,21 +23,20 @@ class RendezvousConfig(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_stay_on_loopback)
+        worker_group.execute(_stay_at_our_address)
         super().on_start(worker_group, backend_config)
 
 
-def _stay_on_loopback() -> None:
+def _stay_at_our_address() -> None:
     """In a worker, before it joins."""
-    if ray.util.get_node_ip_address() != LOOPBACK:
-        return
+    address = ray.util.get_node_ip_address()
     # The module: `torch.distributed.rendezvous` as an attribute is its function of that name.
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
     everywhere = rendezvous.TCPStore
 
-    def on_loopback(*, port: int, is_master: bool, **given: Any) -> Any:
+    def at_our_address(*, port: int, is_master: bool, **given: Any) -> Any:
         if is_master:
-            given["master_listen_fd"] = socket.create_server((LOOPBACK, port)).detach()
+            given["master_listen_fd"] = socket.create_server((address, port)).detach()
         return everywhere(port=port, is_master=is_master, **given)
 
-    rendezvous.TCPStore = on_loopback
+    rendezvous.TCPStore = at_our_address

@@ -6,27 +6,24 @@ and learns, and fetched when it is needed, so that the two work at the same time
 """
 
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
-import torch
 from numpy.typing import NDArray
 
-from ray_jobs.labels import Items, Labels, aligned, items_of, label
+from ray_jobs.labellers import Answer, Labeller, Pool
+from ray_jobs.labels import Items, Labels
 from ray_jobs.microbatch import MicroBatch
+from ray_jobs.peers import ALONE, Peers
 from ray_jobs.recipes import DistillConfig
 from services.core.catalog import Catalog
 from services.core.errors import NothingServingError, RegistryError
 from services.core.metrics import Ranks
-from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -35,54 +32,12 @@ LOOK_EVERY_S = 1.0  # for a newly promoted teacher
 READY_TIMEOUT_S = 120.0
 
 
-class Labeller:
-    """One teacher version, aligned to the job's catalog. Runs in a process of its own.
-
-    `width`: what the student's projection takes for the teacher's hidden state.
-    """
-
-    def __init__(
-        self,
-        registry_uri: str,
-        version: int,
-        *,
-        width: int,
-        threads: int,
-        niceness: int,
-        device: str,
-    ) -> None:
-        os.nice(niceness)
-        torch.set_num_threads(threads)
-        self._device = device
-        with tempfile.TemporaryDirectory() as scratch:
-            directory = Registry(registry_uri).fetch("teacher", version, Path(scratch))
-            self._teacher = Teacher.load(directory)
-            self._own = Catalog.from_table(pq.read_table(directory / "catalog.parquet"))
-        self._aligned = self._teacher
-        if self._teacher.config.dim != width:
-            raise ValueError(
-                f"teacher {version} is {self._teacher.config.dim} wide, the student learns from "
-                f"one of {width}; train the teacher and the student with the same recipe"
-            )
-
-    def align(self, item_ids: Sequence[str], content: NDArray[np.int32]) -> None:
-        """Take over the job's catalog; calls of one caller are served in order."""
-        moved = aligned(self._teacher, self._own, item_ids=item_ids, content=content)
-        self._aligned = moved.to(self._device)
-
-    def items(self) -> Items:
-        return items_of(self._aligned)
-
-    def label(self, batch: MicroBatch, **how: Any) -> Labels:
-        return label(self._aligned, batch, **how)
-
-
 @dataclass(frozen=True, eq=False)
 class Asked:
     """Answers on their way, and who gives them."""
 
-    teacher: "ray.ObjectRef[Labels] | None" = None
-    stale: "ray.ObjectRef[Labels] | None" = None
+    teacher: Any = None  # as whoever was asked understands it; None: nobody was
+    stale: Any = None
     version: int | None = None  # the current teacher's, when it was asked
     same: bool = False  # it was the first one
 
@@ -113,11 +68,13 @@ class Teachers:
         config: DistillConfig,
         width: int,
         first: int | None = None,
+        peers: Peers = ALONE,
     ) -> None:
+        self._peers = peers
         self._registry = Registry(registry_uri)
         self._config = config
         self._width = width
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Pool] = {}
         self._failed: set[int] = set()
         self._catalog: tuple[list[str], NDArray[np.int32]] = ([], np.zeros((1, 0), np.int32))
         self._wanted: int | None = None
@@ -129,8 +86,8 @@ class Teachers:
     def align(self, catalog: Catalog) -> None:
         """Tell every labeller about new rows and content."""
         self._catalog = (catalog.ids(range(1, len(catalog))), catalog.content.copy())
-        for running in self._running.values():
-            running.actor.align.remote(*self._catalog)
+        for pool in self._running.values():
+            pool.align(self._catalog)
 
     def start(self) -> None:
         """Take up the teacher that is promoted now, if there is one; wait until it is ready."""
@@ -142,58 +99,72 @@ class Teachers:
                 logger.warning("the first teacher is gone, its row ends here: %s", error)
         self.look()
         if self._wanted is not None:
-            ray.wait([self._running[self._wanted].ready], timeout=READY_TIMEOUT_S)
+            self._running[self._wanted].wait(READY_TIMEOUT_S)
         self.look()
 
     def look(self) -> None:
-        """See, once a second, whether another teacher was promoted; swap when it is ready."""
-        if self._wanted == self.version and time.monotonic() - self._looked_s > LOOK_EVERY_S:
-            self._looked_s = time.monotonic()
-            try:
-                promoted = self._registry.serving("teacher").version
-            except NothingServingError:
-                return
-            if promoted not in self._failed:
-                self._wanted = promoted
-                self._load(promoted)
-        if self._wanted is None or self._wanted == self.version or not self._able(self._wanted):
+        """See, once a second, whether another teacher was promoted; swap when it is ready for all
+        workers, so that they learn from the same one. One that fails for any is left alone."""
+        promoted = self._peers.gather(self._newly_promoted())[0]
+        if promoted is not None:
+            self._wanted = promoted
+            self._load(promoted)
+        if self._wanted is None or self._wanted == self.version:
+            return
+        able = self._able(self._wanted) is not None
+        told = self._peers.gather((able, self._wanted in self._failed))
+        if any(failed for _, failed in told):
+            self._failed.add(self._wanted)
+            self._running.pop(self._wanted, None)
+            self._wanted = self.version
+        if not all(able for able, _ in told):
             return
         gone, self.version = self.version, self._wanted
+        assert self.version is not None
         self.first = self.first or self.version
         self.offsets = _offsets(self._registry, self.version)
         if gone is not None and gone != self.first:
             self._running.pop(gone, None)  # the actor ends with its last reference
         logger.info("teacher %d labels from now on", self.version)
 
+    def _newly_promoted(self) -> int | None:
+        """What worker 0 finds; the others take its word."""
+        if self._wanted != self.version or time.monotonic() - self._looked_s <= LOOK_EVERY_S:
+            return None
+        self._looked_s = time.monotonic()
+        try:
+            promoted = self._registry.serving("teacher").version
+        except NothingServingError:
+            return None
+        return None if promoted in self._failed or promoted == self.version else promoted
+
     def items(self) -> Items | None:
         """The current teacher's view of the items; None where there is no teacher."""
-        actor = self._able(self.version)
-        if actor is None:
-            return None
-        items: Items = ray.get(actor.items.remote())
-        return items
+        pool = self._able(self.version)
+        return None if pool is None else pool.items()
 
     def ask_labels(self, batch: MicroBatch) -> Asked:
         """Ask for labels alone, of what need not be scored."""
-        actor = self._able(self.version)
-        if actor is None or not self._config.needs_labels:
+        pool = self._able(self.version)
+        if pool is None or not self._config.needs_labels:
             return Asked()
-        return Asked(actor.label.remote(batch, top_k=self._config.top_k), version=self.version)
+        answer = pool.label(pool.cut(batch), top_k=self._config.top_k)
+        return Asked(answer, version=self.version)
 
     def ask(self, batch: MicroBatch, *, stale: bool, **how: Any) -> Asked:
         """Ask for labels of a batch; `stale`: for the first teacher's ranks as well."""
-        actor = self._able(self.version)
-        if actor is None:
+        pool = self._able(self.version)
+        if pool is None:
             return Asked()
-        ref = ray.put(batch)  # once, for both
+        parts = pool.cut(batch)  # once, for both
         how = {**how, "top_k": self._config.top_k}
-        answer = actor.label.remote(ref, **how)
+        answer = pool.label(parts, **how)
         if not stale or not self._config.stale_teacher:
             return Asked(answer, version=self.version)
         if self.first == self.version:
             return Asked(answer, version=self.version, same=True)
         first = self._able(self.first)
-        stale_answer = None if first is None else first.label.remote(ref, **how)
+        stale_answer = None if first is None else first.label(parts, **how)
         return Asked(answer, stale_answer, version=self.version)
 
     def answer(self, asked: Asked) -> tuple[Labels | None, Ranks | None]:
@@ -205,61 +176,53 @@ class Teachers:
         return labels, None if stale is None else stale.ranks
 
     def _load(self, version: int) -> None:
-        """Start a labeller, unless it runs."""
+        """Start its labellers, unless they run."""
         if version in self._running:
             return
-        # Without the strategy it would have to fit into the training worker's own bundle.
-        actor = (
-            ray.remote(Labeller)
-            .options(
-                num_cpus=self._config.label_cpus,
-                num_gpus=self._config.label_gpus,
-                scheduling_strategy="DEFAULT",
-            )
-            .remote(
-                self._registry.uri,
-                version,
-                width=self._width,
-                threads=self._config.threads_per_worker,
-                niceness=self._config.niceness,
-                device="cuda" if self._config.label_gpus else "cpu",
-            )
+        config = self._config
+        # Without the strategy they would have to fit into the training worker's own bundle.
+        options = {
+            "num_cpus": config.label_cpus,
+            "num_gpus": config.label_gpus,
+            "scheduling_strategy": "DEFAULT",
+        }
+        start = partial(
+            ray.remote(Labeller).options(**options).remote,
+            self._registry.uri,
+            version,
+            width=self._width,
+            threads=config.threads_per_worker,
+            niceness=config.niceness,
+            device="cuda" if config.label_gpus else "cpu",
         )
-        self._running[version] = _Running(actor, actor.align.remote(*self._catalog))
+        most = max(config.label_actors, config.label_actors_most)
+        self._running[version] = Pool(start, self._catalog, least=config.label_actors, most=most)
 
-    def _able(self, version: int | None) -> Any | None:
-        """The labeller of that version, if it is ready: one that isn't would keep us waiting."""
-        running = self._running.get(version or 0)
-        if running is None or not ray.wait([running.ready], timeout=0)[0]:
-            return None
+    def _able(self, version: int | None) -> Pool | None:
+        """The labellers of that version, if they are ready."""
+        pool = self._running.get(version or 0)
         try:
-            ray.get(running.ready)
+            return pool if pool is not None and pool.able() else None
         except ray.exceptions.RayError as error:
             logger.warning("teacher %s can't label: %s", version, error)
-            self._failed.add(version or 0)
             self._running.pop(version or 0)
-            self._wanted = self.version
+            if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
+                self._load(version or 0)  # lost, with its node perhaps, not at fault
+            else:
+                self._failed.add(version or 0)
             return None
-        return running.actor
 
-    def _get(self, asked: "ray.ObjectRef[Labels] | None", version: int | None) -> Labels | None:
-        if asked is None:
+    def _get(self, answer: Answer | None, version: int | None) -> Labels | None:
+        if answer is None:
             return None
-        try:
-            labels: Labels = ray.get(asked)
-            return labels
+        pool = self._running.get(version or 0)
+        try:  # an actor whose version was replaced still answers what it was asked
+            return Labels.joined(ray.get(answer)) if pool is None else pool.get(answer)
         except ray.exceptions.RayActorError as error:
             logger.warning("teacher %s stopped labelling, starting it again: %s", version, error)
-            if version in self._running:
-                del self._running[version]
-                self._load(version)
+            if self._running.pop(version or 0, None) is not None:
+                self._load(version or 0)
             return None
-
-
-@dataclass(frozen=True, eq=False)
-class _Running:
-    actor: Any
-    ready: "ray.ObjectRef[None]"
 
 
 def _offsets(registry: Registry, version: int) -> dict[int, int]:

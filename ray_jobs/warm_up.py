@@ -1,5 +1,6 @@
 """From the offline log to a first student: remember everything, learn for a bounded time."""
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -74,8 +75,7 @@ def state_of(
         positions={},
         ledger={},
         quality=Prequential(),
-        counters=Counters(learning_rate=recipe.distill.learning_rate),
-        rng=np.random.default_rng([seed, peers.rank]),
+        counters=Counters(learning_rate=recipe.distill.learning_rate, seed=seed),
     )
 
 
@@ -88,15 +88,23 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
     items = peers.gather(teachers.items())[0]
     if config.start_from_teacher and items is not None and len(state.catalog) > 1:
         start_from(state.student, items)
-    per_epoch = max(peers.gather(sum(1 for _ in _epoch(state, config))))
+    n_windows = len(
+        replay.windows(
+            state.histories,
+            window=config.context_events,
+            latest_events=config.warm_up_events,
+            peers=peers,
+        )
+    )
+    per_epoch = -(-n_windows // config.warm_up_users)
     n_steps = round(per_epoch * config.warm_up_epochs)
-    batches = _endless(state, config)
+    batches = _endless(state, config, peers)
     under_way: deque[tuple[MicroBatch, Asked]] = deque()
     step = 0
     for step in range(n_steps):
         # Asked so far in advance that teacher and student work at the same time.
         while len(under_way) <= LABELS_AHEAD * config.warm_up_label_every:
-            batch = MicroBatch.of(next(batches, []), context=config.context_events)
+            batch = MicroBatch.of(next(batches), context=config.context_events)
             labelled = (step + len(under_way)) % config.warm_up_label_every == 0
             under_way.append((batch, teachers.ask_labels(batch) if labelled else Asked()))
         elapsed_s = time.monotonic() - begin_s
@@ -128,21 +136,18 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
     )
 
 
-def _endless(state: State, config: DistillConfig) -> Iterator[list[UserNews]]:
-    """Epoch after epoch; nothing where there is nothing to learn."""
-    while len(state.histories):
-        yield from _epoch(state, config)
-
-
-def _epoch(state: State, config: DistillConfig) -> Iterator[list[UserNews]]:
-    return replay.one_pass(
-        state.histories,
-        state.rng,
-        users=config.warm_up_users,
-        window=config.context_events,
-        ordered=state.student.config.ordered,
-        latest_events=config.warm_up_events,
-    )
+def _endless(state: State, config: DistillConfig, peers: Peers) -> Iterator[list[UserNews]]:
+    """Epoch after epoch."""
+    for epoch in itertools.count():
+        yield from replay.one_pass(
+            state.histories,
+            [state.counters.seed, state.counters.steps, epoch],
+            users=config.warm_up_users,
+            window=config.context_events,
+            ordered=state.student.config.ordered,
+            latest_events=config.warm_up_events,
+            peers=peers,
+        )
 
 
 def _set_learning_rate(state: State, learning_rate: float) -> None:

@@ -107,6 +107,8 @@ class Settings(BaseSettings):
     learn: bool = Field(True, description="`reflux up` starts the jobs; else submit them by hand")
     recipe: str = Field("tiny_cpu", description="a name in ray_jobs/recipes.py")
     seed: int = 0
+    student_workers: int = Field(0, ge=0, le=1024, description="that distil; 0: the recipe's")
+    teacher_workers: int = Field(0, ge=0, le=1024, description="that train it; 0: the recipe's")
     teacher_every_minutes: float = Field(30.0, ge=0, description="refresh the teacher; 0: never")
     teacher_every_events: int = Field(50_000, ge=0, description="or after this many; 0: never")
     teacher_first_events: int = Field(1_000, ge=1, description="events before the first teacher")

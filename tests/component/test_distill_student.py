@@ -21,11 +21,12 @@ from services import cli
 from services.core.catalog import Catalog
 from services.core.eventlog import Arrived, EventLog, events_table
 from services.core.events import EVENTS, Event, EventType, encode
-from services.core.kafka import ensure_topics, make_producer
+from services.core.kafka import end_offsets, ensure_topics, make_producer
 from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 from services.core.settings import Settings
 from services.local import processes
+from services.local.audit import learned_once, newest_ledger
 
 HISTORY, LIVE, MORE = 2_000, 600, 100
 
@@ -58,6 +59,7 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
         checkpoint_uri=str(tmp_path / "checkpoints"),
         publish_every_s=1,
         checkpoint_every_s=2,
+        student_workers=2,
     )
     events = _events(settings)
     _send(settings, events[:HISTORY], into_log=True)
@@ -91,11 +93,13 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
 
     assert f"{job}  RUNNING" in _reflux(settings, "student", "status")
     assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
-    job = _start(settings)
+    job = _start(settings.model_copy(update={"student_workers": 1}))  # takes over from both
     _send(settings, events[HISTORY + LIVE + MORE :])
     _until(lambda: _newest(registry)["events_learned"] == LIVE + 2 * MORE, client, job)
     assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
     assert "no distillation job" in _reflux(settings, "student", "stop")
+    learned = learned_once(newest_ledger(settings.checkpoints), end_offsets(settings, EVENTS))
+    assert learned.kept, learned.found
 
 
 def _events(settings: Settings) -> list[Event]:

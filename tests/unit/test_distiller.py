@@ -4,23 +4,22 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from prometheus_client import generate_latest
-from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import checkpoint, replay
 from ray_jobs.checkpoint import Counters, State
 from ray_jobs.distiller import Distiller
 from ray_jobs.gate import Verdict
 from ray_jobs.histories import Histories
-from ray_jobs.labels import aligned, items_of, label
+from ray_jobs.labels import Labels, aligned, items_of, label
 from ray_jobs.learner import adam, loss_terms, start_from, trust_in
-from ray_jobs.microbatch import MicroBatch, absorb, group
-from ray_jobs.peers import ALONE, Peers
+from ray_jobs.microbatch import COLD, MicroBatch, absorb, group
+from ray_jobs.peers import ALONE
 from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict
 from ray_jobs.recipes import DistillConfig
@@ -99,7 +98,6 @@ def new_state(config: DistillConfig = CONFIG) -> State:
         ledger={},
         quality=Prequential(),
         counters=Counters(learning_rate=config.learning_rate),
-        rng=np.random.default_rng(0),
     )
 
 
@@ -110,7 +108,6 @@ def distiller(
     *,
     keep: Callable[[], None],
     config: DistillConfig = CONFIG,
-    peers: Peers = ALONE,
 ) -> Distiller:
     settings = Settings(home=home, publish_every_s=5, checkpoint_every_s=3)
     clock = iter(range(10**9))
@@ -120,7 +117,7 @@ def distiller(
         Teachers(settings.registry, config=config, width=STUDENT.teacher_dim),
         settings=settings,
         config=config,
-        peers=peers,
+        peers=ALONE,
         keep=keep,
         now_s=lambda: float(next(clock)),  # asked once a tick
     )
@@ -251,6 +248,24 @@ def test_a_teacher_moves_to_the_jobs_rows_with_what_it_knows() -> None:
     assert not new[2].any()
 
 
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_parts_of_a_batch_are_labelled_like_the_whole(n: int) -> None:
+    _, batch, teacher = labelled_batch()
+    how: dict[str, Any] = {"top_k": 5, "popularity": np.arange(31.0), "known_rows": 31}
+    whole = label(teacher, batch, n_ranked=40, **how)
+    parts = batch.parts(n)
+    assert 1 < len(parts) <= n
+    done, labels = 0, []
+    for part in parts:
+        n_ranked = min(max(40 - done, 0), len(part))
+        labels.append(label(teacher, part, n_ranked=n_ranked, **how))
+        done += len(part)
+    joined, warm_N = Labels.joined(labels), batch.at_N != COLD
+    np.testing.assert_array_equal(joined.rows_NK[warm_N], whole.rows_NK[warm_N])
+    np.testing.assert_array_equal(joined.ranks, whole.ranks)
+    np.testing.assert_allclose(joined.hidden_NT[warm_N], whole.hidden_NT[warm_N], atol=2e-3)
+
+
 def test_a_new_student_sees_items_as_the_teacher_does() -> None:
     student, _, teacher = labelled_batch()
     start_from(student, items_of(teacher))
@@ -350,33 +365,9 @@ def test_a_registry_that_cannot_be_written_stops_nothing_and_is_told_all_later(
 def test_the_replay_window_is_learned_like_news() -> None:
     histories = Histories(keep=100)
     absorb(group(Log(100).received(0, 100).arrivals(Catalog()), histories), histories)
-    news = replay.draw(histories, np.random.default_rng(0), users=3, window=8, ordered=True)
+    news = replay.draw(histories, [0], sizes=histories.sizes(), users=3, window=8, ordered=True)
     batch = MicroBatch.of(news, context=8)
     assert len(batch) == sum(int(user.new.sum()) for user in news)
-
-
-def one_of_two_workers(rank: int, home: Path) -> None:
-    """A worker process: other users than its peer's, the same student in the end."""
-    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
-    state = new_state()
-    run = distiller(state, Log(200, partition=rank), home, keep=lambda: None, peers=Peers(rank, 2))
-    for _ in range(11):
-        run.tick()
-    checkpoint.save(state, home / "kept", rank=rank)
-    state.student.save(home / f"student-{rank}")
-    dist.destroy_process_group()
-
-
-def test_two_workers_keep_one_student_and_one_may_take_over(tmp_path: Path) -> None:
-    spawn(one_of_two_workers, args=(tmp_path,), nprocs=2)
-    first, second = (Student.load(tmp_path / f"student-{rank}").state_dict() for rank in (0, 1))
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-    alone = checkpoint.load(tmp_path / "kept", config=CONFIG)
-    assert alone.ledger == {0: [[0, 200]], 1: [[0, 200]]}
-    assert alone.positions == {0: 200, 1: 200}
-    assert {user[:3] for user in alone.histories.users()} == {"u0-", "u1-"}
-    assert len(alone.catalog) == 31
 
 
 def test_a_user_who_wished_it_is_in_no_checkpoint_that_is_kept(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_replay_draws_old_windows_repeatably_and_leaves_users_out(ordered: bool)
     def drawn() -> list[tuple[str, int]]:
         news = replay.draw(
             histories,
-            np.random.default_rng(3),
+            [3],
+            sizes=histories.sizes(),
             users=8,
             window=5,
             ordered=ordered,
@@ -138,9 +139,8 @@ def test_one_pass_brings_every_event_once_the_latest_first_choice() -> None:
     histories.put("new", events(range(11, 18), range(100, 107)), partition=0)
 
     def rows(latest_events: int) -> list[int]:
-        rng = np.random.default_rng(0)
         passes = replay.one_pass(
-            histories, rng, users=2, window=3, ordered=True, latest_events=latest_events
+            histories, [0], users=2, window=3, ordered=True, latest_events=latest_events
         )
         return sorted(
             int(r) for news in passes for user in news for r in user.events["row"][user.new]
