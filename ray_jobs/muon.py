@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 NEWTON_SCHULZ: Final = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS: Final = 5
@@ -42,11 +43,12 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     alike.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in alike.items():
-                ahead = torch.stack([self._ahead(matrix, group["momentum"]) for matrix in matrices])
+                momentum = group["momentum"]
+                ahead = torch.stack([_whole(self._ahead(one, momentum)) for one in matrices])
                 tall = max(1.0, rows / columns) ** 0.5
                 for matrix, update in zip(matrices, orthogonal(ahead), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update, alpha=-group["lr"] * tall)
+                    matrix.add_(_like(matrix, update), alpha=-group["lr"] * tall)
 
     def _ahead(self, matrix: Tensor, momentum: float) -> Tensor:
         """Nesterov's: the gradient blended with the momentum that it has just moved."""
@@ -56,6 +58,19 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(matrix)
         state["momentum"].lerp_(matrix.grad, 1 - momentum)
         return matrix.grad.lerp(state["momentum"], momentum)
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """Of a matrix that workers share (FSDP), all of it: its rows alone tell no direction."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _like(matrix: Tensor, update: Tensor) -> Tensor:
+    """This worker's part of an update that each has computed whole."""
+    if not isinstance(matrix, DTensor):
+        return update
+    everywhere = DTensor.from_local(update, matrix.device_mesh, [Replicate()], run_check=False)
+    return everywhere.redistribute(placements=matrix.placements)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

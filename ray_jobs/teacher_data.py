@@ -1,5 +1,10 @@
 """What the teacher learns from: the offline log, split by user among the workers.
 
+Not by Ray Data: a resumed or repeated run needs batch `step` to be the same again for any number of
+workers, and a line the whole histories of its users, while `streaming_split` hands out blocks of
+rows to whoever asks first. What it would give is that no single process reads the whole log
+(deploy/capacity.md says how far that carries).
+
 Shapes: E events of a shard (each user's contiguous, oldest first), B packed lines of L events.
 """
 

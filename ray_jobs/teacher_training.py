@@ -1,8 +1,10 @@
 """How a teacher learns: Ray Train on any number of workers.
 
-Users are split among the workers, gradients averaged. The newest events are kept apart until
-`REVEAL` of the run, so that the model can be judged on them; then they are learned, too. A killed
-worker costs what came after the last checkpoint.
+Users are split into shards, shards among the workers, gradients averaged: with the same shards a
+run is the same for any number of workers, up to the order in which floats are added (and to
+dropout, whose noise each worker draws for itself). The newest events are kept apart until `REVEAL`
+of the run, so that the model can be judged on them; then they are learned, too. A killed worker
+costs what came after the last checkpoint.
 """
 
 import copy
@@ -11,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,11 @@ import ray
 import ray.train
 import torch
 from numpy.typing import NDArray
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
 from ray_jobs.muon import Muon
+from ray_jobs.parallel import Optimizers, prepared, restore, share_of_all, states, whole, world
 from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.rendezvous import RendezvousConfig
 from ray_jobs.spectral import start_items
@@ -32,6 +36,7 @@ from ray_jobs.teacher_data import History, Lines, Shard
 from ray_jobs.teacher_quality import Quality, judge
 from services.core import losses
 from services.core.models.encoder import attention_mask
+from services.core.models.sequences import Sequences
 from services.core.models.teacher import Teacher
 
 REVEAL = 0.85  # of the run; what follows learns the newest events
@@ -52,7 +57,7 @@ def train(
 ) -> Trained:
     """Train from scratch, or refresh `parent` (left as it is), on the Ray at hand.
 
-    `history` has as many shards as the recipe has workers. `checkpoints` is any URI that pyarrow
+    `history` has the recipe's number of shards. `checkpoints` is any URI that pyarrow
     reaches; what the run writes there is removed at its end.
     """
     # Read by Ray Train: at the default of 2 s every report() takes 1.5 s.
@@ -115,7 +120,7 @@ def _trainer(
 ) -> TorchTrainer:
     train = recipe.train
     epochs = train.refresh_epochs if warm else train.max_epochs
-    events_per_step = train.num_workers * train.batch_lines * train.line_events
+    events_per_step = len(history.shards) * train.batch_lines * train.line_events
     run = Run(
         train=train,
         start=model,
@@ -133,6 +138,7 @@ def _trainer(
         torch_config=RendezvousConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
+            placement_strategy=train.placement,
             use_gpu=train.use_gpu,
             resources_per_worker={
                 "CPU": train.cpus_per_worker,
@@ -202,36 +208,47 @@ def train_worker(config: dict[str, Any]) -> None:
     train = run.train
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    shard: Shard = ray.get(run.shards[rank])
+    shards: dict[int, Shard] = {
+        number: ray.get(run.shards[number]) for number in range(rank, len(run.shards), world())
+    }
     os.nice(train.niceness)
     torch.set_num_threads(train.threads_per_worker)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(run.seed + rank)
 
     model, device = run.start, get_device()
-    wrapped = prepare_model(
+    wrapped = prepared(
         NextItemLoss(
             model,
             popularity=run.popularity,
             negatives=train.sampled_negatives,
             mask_seen=train.mask_seen,
             bf16=train.bf16,
-        )
+        ),
+        model,
+        device=device,
+        sharded=train.fsdp,
     )
     optimizers = optimizers_of(model, learning_rate=run.learning_rate, train=train)
     progress = resume(model, optimizers)
-    past, whole = (
-        Lines(
+
+    def lines_of(number: int, sequences: Sequences) -> Lines:
+        return Lines(
             sequences,
             line_events=train.line_events,
             batch_lines=train.batch_lines,
-            seed=[run.seed, rank],
+            seed=[run.seed, number],
             ordered=model.config.ordered,
         )
-        for sequences in (shard.past(), shard.sequences)
-    )
+
+    def judged() -> Quality:
+        judging = whole(model)
+        return summed(judge(judging, shard, popularity=run.popularity) for shard in shards.values())
+
+    past = [lines_of(number, shard.past()) for number, shard in shards.items()]
+    everything = [lines_of(number, shard.sequences) for number, shard in shards.items()]
     if run.has_parent and progress.parent is None:
-        progress.parent = summed(judge(model, shard, popularity=run.popularity))
+        progress.parent = judged()
 
     begin = time.monotonic() - progress.elapsed_s
     loss = torch.tensor(float("nan"))
@@ -241,7 +258,7 @@ def train_worker(config: dict[str, Any]) -> None:
         progress.elapsed_s = of_rank_0(time.monotonic() - begin)
         done = max(progress.step / run.total_steps, progress.elapsed_s / run.max_s)
         if progress.quality is None and done >= REVEAL:
-            progress.quality = summed(judge(model, shard, popularity=run.popularity))
+            progress.quality = judged()
         if done >= 1:
             break
         if rank == 0 and progress.elapsed_s >= said_s + PROGRESS_EVERY_S:
@@ -255,19 +272,29 @@ def train_worker(config: dict[str, Any]) -> None:
             saved_s = progress.elapsed_s
             report(model, optimizers, progress, loss)
 
-        lines = past if progress.quality is None else whole
-        batch = [column.to(device) for column in lines.batch(progress.step)]
-        loss = wrapped(*batch)
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(done, warm_up=train.warm_up)
-            optimizer.step()
-        loss = loss.detach()
+        lines = past if progress.quality is None else everything
+        parts = [one.batch(progress.step) for one in lines]
+        batch = [torch.cat(columns).to(device) for columns in zip(*parts, strict=True)]
+        loss = learn(wrapped, model, optimizers, batch, rate=schedule(done, warm_up=train.warm_up))
         progress.step += 1
     report(model, optimizers, progress, loss)
+
+
+def learn(
+    wrapped: nn.Module, model: Teacher, optimizers: Optimizers, batch: list[Tensor], *, rate: float
+) -> Tensor:
+    """One step on this worker's lines, at `rate` of the peak; its share of the loss: the mean over
+    workers is that over all targets."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss: Tensor = wrapped(*batch) * share_of_all((batch[-1] > 0).sum())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+    return loss.detach()
 
 
 def schedule(done: float, *, warm_up: float) -> float:
@@ -275,10 +302,9 @@ def schedule(done: float, *, warm_up: float) -> float:
     return min(1.0, (done + 1e-3) / warm_up) * (1 - done)
 
 
-Optimizers = list[torch.optim.Optimizer]
-
-
-def optimizers_of(model: Teacher, *, learning_rate: float, train: TrainConfig) -> Optimizers:
+def optimizers_of(
+    model: Teacher, *, learning_rate: float, train: TrainConfig
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest: no decay for biases and norms, a
     second moment that forgets in 50 steps, for short runs. `peak`: what the schedule scales."""
     blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
@@ -288,7 +314,7 @@ def optimizers_of(model: Teacher, *, learning_rate: float, train: TrainConfig) -
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: Optimizers = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
     ]
     if blocks:
@@ -303,15 +329,13 @@ def optimizers_of(model: Teacher, *, learning_rate: float, train: TrainConfig) -
 def report(model: Teacher, optimizers: Optimizers, progress: Progress, loss: Tensor) -> None:
     """Checkpoint (rank 0) and metrics (all: Ray Train waits for every worker)."""
     metrics = {"loss": float(loss), **dataclasses.asdict(progress)}
+    weights, moments = states(model, optimizers)
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        model.save(Path(temporary))
-        state = {
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "progress": dataclasses.asdict(progress),
-        }
+        model.save(Path(temporary), weights)
+        state = {"optimizers": moments, "progress": dataclasses.asdict(progress)}
         torch.save(state, Path(temporary) / TRAINING)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(temporary))
 
@@ -322,10 +346,9 @@ def resume(model: Teacher, optimizers: Optimizers) -> Progress:
     if checkpoint is None:
         return Progress()
     with checkpoint.as_directory() as directory:
-        model.load_state_dict(Teacher.load(Path(directory)).state_dict())
+        weights = Teacher.load(Path(directory)).state_dict()
         state = torch.load(Path(directory) / TRAINING, weights_only=True)
-    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
+    restore(model, optimizers, weights, state["optimizers"])
     stored = state["progress"]
     for name in ("parent", "quality"):
         stored[name] = Quality(**stored[name]) if stored[name] else None
@@ -337,19 +360,19 @@ def resume(model: Teacher, optimizers: Optimizers) -> Progress:
 
 def of_rank_0(value: float) -> float:
     """What rank 0 measured, on every worker."""
-    if ray.train.get_context().get_world_size() == 1:
+    if world() == 1:
         return value
     shared = torch.tensor(value, dtype=torch.float64, device=get_device())
     torch.distributed.broadcast(shared, src=0)
     return float(shared)
 
 
-def summed(quality: Quality) -> Quality:
-    """Over all workers."""
-    if ray.train.get_context().get_world_size() == 1:
-        return quality
-    sums = torch.tensor(dataclasses.astuple(quality), dtype=torch.float64, device=get_device())
-    torch.distributed.all_reduce(sums)
+def summed(qualities: Iterable[Quality]) -> Quality:
+    """Over all shards of all workers."""
+    own = [dataclasses.astuple(quality) for quality in qualities]
+    sums = torch.tensor(own, dtype=torch.float64, device=get_device()).sum(0)
+    if world() > 1:
+        torch.distributed.all_reduce(sums)
     events, teacher, popularity = sums.tolist()
     return Quality(events=events, teacher=teacher, popularity=popularity)
 

@@ -27,7 +27,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` cleans up
     try:
         settings = Settings.load()
-        recipe = recipes.load(arguments.recipe or settings.recipe)
+        recipe = recipes.chosen(settings, arguments.recipe)
     except (RefluxError, ValueError) as error:
         sys.exit(f"train_teacher: {error}")
     try:
@@ -43,7 +43,7 @@ def refresh(settings: Settings, recipe: Recipe) -> int:
     print(f"reading {settings.offline}", flush=True)
     history = read_history(
         settings,
-        n_shards=recipe.train.num_workers,
+        n_shards=recipe.train.n_shards,
         last_slice=recipe.train.last_slice,
         parent=parent.catalog if parent else None,
         parent_offsets=parent.offsets if parent else {},

@@ -122,7 +122,7 @@ def trained_on(log: Events, first: int, given: Given) -> Trained:
     history = history_of(
         log.interactions(first),
         catalog=catalog,
-        n_shards=given.recipe.train.num_workers,
+        n_shards=given.recipe.train.n_shards,
         last_slice=0.0,
     )
     return train(

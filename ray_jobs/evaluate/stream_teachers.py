@@ -88,7 +88,7 @@ def train_along(
             history = history_of(
                 events.interactions(until),
                 catalog=events.catalog(until),
-                n_shards=recipe.train.num_workers,
+                n_shards=recipe.train.n_shards,
                 last_slice=recipe.train.last_slice,
                 unseen_E=np.arange(until) >= learned,
             )

@@ -5,6 +5,7 @@ Shapes: B sequences, L events, N positions picked from them, D width, V catalog 
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -86,10 +87,13 @@ class Recommender(nn.Module):
             encoder.content_VC = _padded(encoder.content_VC, n_rows)
         self.describe(content)
 
-    def save(self, directory: Path) -> None:
-        """Write `weights.safetensors` and `config.json`; nothing is ever pickled."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write `weights.safetensors` and `config.json`; nothing is ever pickled.
+
+        weights: the whole ones, where this module holds but a part of each.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), directory / WEIGHTS)
+        save_file(dict(weights or self.state_dict()), directory / WEIGHTS)
         config = {**dataclasses.asdict(self.config), "n_rows": self.n_rows}
         (directory / CONFIG).write_text(json.dumps(config, indent=1))
 

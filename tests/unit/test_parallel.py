@@ -1,0 +1,103 @@
+"""Two workers, each with all of a teacher or a part of it, teach it what one would."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from ray_jobs import parallel, recipes
+from ray_jobs.teacher_data import Interactions, Lines, Shard, history_of
+from ray_jobs.teacher_training import NextItemLoss, learn, optimizers_of
+from services.core.catalog import Catalog
+from services.core.models.teacher import Teacher
+
+SHARDS, STEPS, N_ITEMS = 2, 6, 50
+TEACHER = replace(recipes.smoke_cpu().teacher, dropout=0.0)  # its noise is each worker's own
+TRAIN = replace(recipes.smoke_cpu().train, line_events=16)
+CPU = torch.device("cpu")
+
+
+def shards() -> tuple[list[Shard], np.ndarray]:
+    rng = np.random.default_rng(0)
+    n = 600
+    catalog = Catalog()
+    log = Interactions(
+        users=rng.integers(0, 20, n),
+        rows=catalog.add(f"i{item}" for item in rng.integers(0, N_ITEMS, n)),
+        types=np.full(n, "click"),
+        times_ms=np.arange(n) * 1000,
+        values=np.full(n, np.nan),
+    )
+    history = history_of(log, catalog=catalog, n_shards=SHARDS, last_slice=0.0)
+    return history.shards, history.popularity
+
+
+def trained(rank: int, world: int, *, sharded: bool, kept: Path) -> list[float]:
+    """Two halves with a checkpoint between them; the curve of the loss over all targets."""
+    data, popularity = shards()
+    curve: list[float] = []
+    for half in range(2):
+        torch.manual_seed(0)
+        model = Teacher(TEACHER, n_rows=len(popularity))
+        loss = NextItemLoss(model, popularity=popularity, negatives=0, mask_seen=True)
+        wrapped = parallel.prepared(loss, model, device=CPU, sharded=sharded)
+        optimizers = optimizers_of(model, learning_rate=1e-2, train=TRAIN)
+        if half:
+            weights, moments = torch.load(kept, weights_only=True)
+            parallel.restore(model, optimizers, weights, moments)
+        mine = [
+            Lines(data[n].sequences, line_events=16, batch_lines=2, seed=[0, n])
+            for n in range(rank, SHARDS, world)
+        ]
+        for step in range(half * STEPS, (half + 1) * STEPS):
+            parts = [lines.batch(step) for lines in mine]
+            batch = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+            curve.append(mean(learn(wrapped, model, optimizers, batch, rate=1.0)))
+        state = parallel.states(model, optimizers)
+        parallel.whole(model)
+        if rank == 0:
+            torch.save(state, kept)
+        if world > 1:
+            dist.barrier()
+    return curve
+
+
+def mean(loss: Tensor) -> float:
+    total = loss.clone()
+    if parallel.world() > 1:
+        dist.all_reduce(total)
+    return float(total) / parallel.world()
+
+
+def worker(rank: int, home: Path) -> None:
+    torch.set_num_threads(1)
+    meet = f"file://{home}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    for name in ("ddp", "fsdp"):
+        curve = trained(rank, 2, sharded=name == "fsdp", kept=home / f"{name}.pt")
+        if rank == 0:
+            (home / name).write_text(" ".join(map(str, curve)))
+    dist.destroy_process_group()
+
+
+def read(path: Path) -> Sequence[float]:
+    return [float(value) for value in path.read_text().split()]
+
+
+def test_two_workers_with_whole_or_split_weights_learn_what_one_does(tmp_path: Path) -> None:
+    spawn(worker, args=(tmp_path,), nprocs=2)
+    alone = trained(0, 1, sharded=False, kept=tmp_path / "alone.pt")
+    assert alone[-1] < alone[0] * 0.9
+    weights, _ = torch.load(tmp_path / "alone.pt", weights_only=True)
+    for name in ("ddp", "fsdp"):
+        assert read(tmp_path / name) == pytest.approx(alone, rel=1e-5)
+        theirs, _ = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert theirs.keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(theirs[key], value, atol=1e-5, rtol=0)
