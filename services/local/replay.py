@@ -60,7 +60,7 @@ def produce_history(
     """Write the first `last` events straight to Kafka, as a bulk import would; wait for acks."""
     producer = make_producer(settings)
     try:
-        for sent, (user, line) in enumerate(_keyed_lines(log, first=0, last=last), start=1):
+        for sent, (user, line) in enumerate(keyed_lines(log, first=0, last=last), start=1):
             producer.send(EVENTS, key=user.encode(), value=line)
             if sent % BATCH_EVENTS == 0:
                 progress(sent)
@@ -72,7 +72,7 @@ def produce_history(
 
 def event_lines(log: InteractionLog, *, first: int, last: int | None) -> Iterator[bytes]:
     """The log's events `[first, last)` as contract JSON, with ids that a second replay repeats."""
-    return (line for _, line in _keyed_lines(log, first=first, last=last))
+    return (line for _, line in keyed_lines(log, first=first, last=last))
 
 
 def paced(
@@ -100,9 +100,10 @@ def paced(
         yield batch
 
 
-def _keyed_lines(
+def keyed_lines(
     log: InteractionLog, *, first: int, last: int | None
 ) -> Iterator[tuple[str, bytes]]:
+    """(user, event as contract JSON), as they go to Kafka."""
     columns = log.events.column_names
     end = log.events.num_rows if last is None else min(last, log.events.num_rows)
     for start in range(first, end, BATCH_EVENTS):

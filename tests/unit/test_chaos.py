@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 
 from services.core.history import UserHistory
+from services.local import rehearsal
 from services.local.audit import (
     answered,
     learned_once,
@@ -81,3 +82,20 @@ def test_the_producer_sends_a_refused_batch_again_and_books_only_what_was_acknow
     assert received == [ids[:BATCH_EVENTS], *[ids[BATCH_EVENTS:]] * 3]
     assert list(producer.acknowledged) == ids
     assert [one.status for one in producer.refused] == [0, 503]
+
+
+def test_a_job_that_did_not_go_on_after_a_blow_breaks_a_promise() -> None:
+    blow = rehearsal.Blow(
+        name="killed",
+        node="node-1",
+        held=2,
+        learning_s=31.0,
+        teacher_s=None,
+        teacher_resumed=0,
+        nodes_alive=2,
+    )
+    distillation, teacher = rehearsal.promised([blow])
+    assert distillation.kept
+    assert distillation.found == "after 31 s"
+    assert not teacher.kept
+    assert teacher.found == "never"
