@@ -247,7 +247,8 @@ def test_jobs_run_and_their_recipe_fits(
     if job == "student":
         spec = get(objects, "RayJob", job)["spec"]
         distill = recipe.distill
-        labellers = 3  # the teacher now, the next one, the first one
+        each = max(distill.label_actors, distill.label_actors_most)
+        labellers = 3 * each * distill.num_workers  # the teacher now, the next one, the first one
         needs_cpus = distill.num_workers * distill.cpus_per_worker + labellers * distill.label_cpus
         needs_gpus = labellers * distill.label_gpus
     else:
