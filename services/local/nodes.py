@@ -164,27 +164,29 @@ class Cluster:
     def start(self, name: str) -> None:
         """Start a node, or one that is gone anew, and wait until the head knows it."""
         self._report(f"starting {name}")
-        n_alive = self.n_alive()
         command = processes.ray_node(
             name,
             head=f"{self._hosts['head']}:{self._port}",
             cpus=self._cpus,
             host=self._hosts[name],
-            ready=lambda: self.n_alive() > n_alive,
+            ready=lambda: self._hosts[name] in (self.alive() or ()),
         )
         self.nodes[name] = Node(name, self._run(name, command))
         self.nodes[name].process.wait_ready()
 
-    def n_alive(self) -> int:
-        """Nodes that the head counts as alive, itself among them."""
+    def alive(self) -> set[str] | None:
+        """Addresses of the nodes that the head takes for alive; None: it is too busy to say."""
         try:
             token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
             url = f"{self.ray}/nodes?view=summary"
             answer = httpx.get(url, timeout=20, headers=token).json()
         except (httpx.TransportError, ValueError):
-            return 0
-        states = [one["raylet"].get("state") for one in answer["data"]["summary"]]
-        return states.count("ALIVE")
+            return None
+        nodes = [one["raylet"] for one in answer["data"]["summary"]]
+        return {one["nodeManagerAddress"] for one in nodes if one.get("state") == "ALIVE"}
+
+    def host(self, name: str) -> str:
+        return self._hosts[name]
 
     def busiest(self) -> Node:
         """The node with the most training workers."""
@@ -192,11 +194,10 @@ class Cluster:
 
     def kill(self, node: Node) -> None:
         """As if its power were gone. Waits until the head has noticed."""
-        n_alive = self.n_alive()
         node.signal(signal.SIGKILL)
         node.process.stop(grace_s=0.0)
         deadline = time.monotonic() + 120
-        while self.n_alive() >= n_alive:
+        while (alive := self.alive()) is None or self._hosts[node.name] in alive:
             if time.monotonic() > deadline:
                 raise UnavailableError(f"the head has not noticed the end of {node.name}")
             time.sleep(0.5)

@@ -209,7 +209,7 @@ def ray_node(name: str, *, head: str, host: str, cpus: int, ready: Callable[[], 
         argv=[*_ray_start(cpus=cpus, host=host), f"--address={head}"],
         ready=ready,
         env=_ray_env(host),
-        ready_timeout_s=120.0,
+        ready_timeout_s=300.0,
     )
 
 

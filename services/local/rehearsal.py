@@ -242,7 +242,7 @@ class Rehearsal:
             self._finish_teacher(job)
             newest = self._registry.latest("teacher")
             resumed = self._registry.manifest("teacher", newest or 0)["resumed"]
-        n_alive = self._cluster.n_alive() - 1
+        n_alive = len((self._cluster.alive() or set()) - {self._cluster.host("head")})
         if not node.process.running and name != "killed":
             self._cluster.start(node.name)  # it was given up, and ended itself
         return Blow(

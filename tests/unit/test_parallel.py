@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import parallel, recipes
 from ray_jobs.teacher_data import Interactions, Lines, Shard, history_of
@@ -75,29 +74,27 @@ def mean(loss: Tensor) -> float:
     return float(total) / parallel.world()
 
 
-def worker(rank: int, home: Path) -> None:
-    torch.set_num_threads(1)
-    meet = f"file://{home}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+def teach_together(rank: int, home: Path) -> None:
+    """What each of two processes in a group does."""
     for name in ("ddp", "fsdp"):
         curve = trained(rank, 2, sharded=name == "fsdp", kept=home / f"{name}.pt")
         if rank == 0:
             (home / name).write_text(" ".join(map(str, curve)))
-    dist.destroy_process_group()
 
 
 def read(path: Path) -> Sequence[float]:
     return [float(value) for value in path.read_text().split()]
 
 
-def test_two_workers_with_whole_or_split_weights_learn_what_one_does(tmp_path: Path) -> None:
-    spawn(worker, args=(tmp_path,), nprocs=2)
+def test_two_workers_with_whole_or_split_weights_learn_what_one_does(
+    together: Path, tmp_path: Path
+) -> None:
     alone = trained(0, 1, sharded=False, kept=tmp_path / "alone.pt")
     assert alone[-1] < alone[0] * 0.9
     weights, _ = torch.load(tmp_path / "alone.pt", weights_only=True)
     for name in ("ddp", "fsdp"):
-        assert read(tmp_path / name) == pytest.approx(alone, rel=1e-5)
-        theirs, _ = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert read(together / name) == pytest.approx(alone, rel=1e-5)
+        theirs, _ = torch.load(together / f"{name}.pt", weights_only=True)
         assert theirs.keys() == weights.keys()
         for key, value in weights.items():
             torch.testing.assert_close(theirs[key], value, atol=1e-5, rtol=0)

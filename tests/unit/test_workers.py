@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import checkpoint, recipes
 from ray_jobs.checkpoint import State
@@ -28,6 +27,7 @@ from services.core.events import Event, EventType
 from services.core.metrics import Ranks
 from services.core.models.teacher import Teacher
 from services.core.settings import Settings
+from tests.unit.test_parallel import teach_together
 
 PARTITIONS, EACH, TICKS = 4, 10, 6  # events of a partition in a micro-batch; micro-batches a run
 HISTORY = 40  # events of a partition in the offline log
@@ -149,15 +149,16 @@ def run(home: Path, peers: Peers, *, since: Path | None = None) -> State:
     return state
 
 
-def worker(rank: int, home: Path) -> None:
-    """One of three processes: two of them learn, then all three go on from there."""
-    torch.set_num_threads(1)
+def work(rank: int, home: Path) -> None:
+    """What one of three processes does: two learn, then all three go on from there."""
     for world, before in ((2, None), (3, 2)):
         if rank < world:
             meet = f"file://{home}/meet-{world}"
             dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
             since = newest(home / str(before)) if before else None
             run(home / str(world), Peers(rank, world), since=since)
+            if world == 2:
+                teach_together(rank, home)
             dist.destroy_process_group()
             (home / f"ended-{world}-{rank}").touch()
         while not all((home / f"ended-{world}-{other}").exists() for other in range(world)):
@@ -186,16 +187,17 @@ def assert_same(one: State, other: State) -> None:
     assert one.counters.student_ndcg == pytest.approx(other.counters.student_ndcg, abs=2e-3)
 
 
-def test_what_is_learned_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+def test_what_is_learned_does_not_depend_on_the_number_of_workers(
+    together: Path, tmp_path: Path
+) -> None:
     """Two workers learn what one does; one and three go on alike from where the two stopped."""
-    spawn(worker, args=(tmp_path,), nprocs=3)
     first = run(tmp_path / "1", ALONE)
     end = HISTORY + TICKS * EACH
     assert first.ledger == {p: [[0, end]] for p in range(PARTITIONS)}
     assert first.counters.events_learned == PARTITIONS * TICKS * EACH
-    assert_same(left_in(tmp_path / "2"), first)
+    assert_same(left_in(together / "2"), first)
 
-    second = run(tmp_path / "1 after 2", ALONE, since=newest(tmp_path / "2"))
+    second = run(tmp_path / "1 after 2", ALONE, since=newest(together / "2"))
     assert second.ledger == {p: [[0, end + TICKS * EACH]] for p in range(PARTITIONS)}
     assert second.quality.metrics()["stream.events"] == 2 * PARTITIONS * TICKS * EACH
-    assert_same(left_in(tmp_path / "3"), second)
+    assert_same(left_in(together / "3"), second)
