@@ -92,8 +92,10 @@ def measure(
     """Without and with `pages`, `turns` times `seconds` each, while `rate` answers/s are asked
     for."""
     stack = read_stack(settings)
-    if stack is None or not settings.console_url:
-        raise UnavailableError("no stack runs here: `reflux up`, let a student be distilled, retry")
+    if stack is None or "console" not in stack["processes"]:
+        raise UnavailableError(
+            "no stack with a console runs here: `reflux up`, let a student be distilled, retry"
+        )
     console = psutil.Process(int(stack["processes"]["console"]["pid"]))
     without, with_pages = Phase(0), Phase(pages)
     with Client(settings) as client:
