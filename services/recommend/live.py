@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from services.recommend.engine import Model, rank
 from services.recommend.fetched import Fetched
 from services.recommend.items import COLUMNS, Items
 from services.recommend.nearest import Nearest
+from services.recommend.polling import Polling
 from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
@@ -48,23 +48,14 @@ class LiveModel:
         self.model: Model | None = None
         self._registry = registry
         self._fetched, self._share = Fetched(registry, shared), shared is not None
-        self._poll_s = poll_s
         self._exact_items = exact_items
         self._telemetry = telemetry
         self._failed: Serving | None = None
         self._failed_at_s = 0.0
         self._complaint = ""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_up, name="live-model", daemon=True)
-
-    def start(self) -> None:
-        """Look once, so that what serves already is there on return; then keep looking."""
-        self.look()
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10.0)
+        # On return from `start`, what serves already is there.
+        polling = Polling(self.look, poll_s=poll_s, name="live-model")
+        self.start, self.stop = polling.start, polling.stop
 
     def look(self) -> None:
         """Take over the version that the registry wants served, if it is another one."""
@@ -106,10 +97,6 @@ class LiveModel:
         self._telemetry.swaps.inc()
         self._telemetry.model_version.set(version)
         log.info("student %d answers now", version)
-
-    def _keep_up(self) -> None:
-        while not self._stop.wait(self._poll_s):
-            self.look()
 
     def _complain(self, complaint: str) -> None:
         """Log it once, not at every look."""

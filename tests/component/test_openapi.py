@@ -16,7 +16,7 @@ from services.core.registry import Registry
 from services.core.settings import Settings
 from services.ingest.gateway import create_app
 from tests import students
-from tests.component.test_recommend import serving
+from tests.answering import serving
 
 EXAMPLES = 20  # of each operation
 

@@ -1,103 +1,22 @@
 """The answers over HTTP, with the real Redis, Feast and Kafka, and students that come and go."""
 
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-import uvicorn
 
-from services.core.events import EVENTS, decode_event
-from services.core.features import FeatureStore, UserHistory
-from services.core.kafka import ensure_topics, make_consumer
 from services.core.registry import Registry
 from services.core.settings import Settings
-from services.core.trials import CANDIDATE, SERVING, Trial
 from services.local import processes
-from services.recommend.app import create_app
 from tests import students
+from tests.answering import ask, ids, serving, until, write_history
 from tests.students import N_ITEMS, SCORE_STEP, item
-
-
-@contextmanager
-def serving(settings: Settings) -> Iterator[httpx.Client]:
-    """The app under a real server, on a port of its own."""
-    port = processes.free_port()
-    config = uvicorn.Config(create_app(settings), port=port, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started or not thread.is_alive())
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def until(condition: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def live(settings: Settings) -> Settings:
-    # Long enough that a busy machine's answers aren't taken for degraded ones.
-    return settings.model_copy(update={"serving_poll_s": 0.05, "feature_timeout_s": 20.0})
-
-
-@pytest.fixture
-def registry(live: Settings) -> Registry:
-    return Registry(live.registry)
-
-
-@pytest.fixture
-def promote(registry: Registry, tmp_path: Path) -> Callable[[], int]:
-    def promote() -> int:
-        version = students.publish(registry, tmp_path, seed=1)
-        registry.promote("student", version, "newer")
-        return version
-
-    return promote
-
-
-def write_history(settings: Settings, user_id: str, *item_ids: str) -> None:
-    now_ms = time.time_ns() // 1_000_000
-    row = UserHistory(
-        user_id=user_id,
-        item_ids=item_ids,
-        event_types=("view",) * len(item_ids),
-        timestamps_ms=tuple(now_ms - 1_000 + at for at in range(len(item_ids))),
-        values=(float("nan"),) * len(item_ids),
-        event_keys=tuple(range(len(item_ids))),
-        n_events=len(item_ids),
-        last_arrival_ms=now_ms,
-        updated_ms=now_ms,
-    )
-    FeatureStore(settings).write_users([row])
-
-
-def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
-    response = client.post("/v1/recommendations", json=request)
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def ids(answer: dict[str, Any]) -> list[str]:
-    return [shown["item_id"] for shown in answer["items"]]
 
 
 def test_answers(live: Settings, promote: Callable[[], int]) -> None:
@@ -342,93 +261,3 @@ def test_without_the_online_store_it_answers_in_time_and_says_so(
             until(lambda: not ask(client, user_id="robust")["degraded"])
     finally:
         redis.stop()
-
-
-def test_what_was_shown_to_a_user_becomes_an_impression(
-    live: Settings, promote: Callable[[], int]
-) -> None:
-    promote()
-    ensure_topics(live)
-    with serving(live) as client:
-        ask(client, recent_items=[item(1)])
-        answer = ask(client, user_id="impressed", n=3)
-        until(lambda: 'reflux_impressions_total{outcome="sent"} 1.0' in client.get("/metrics").text)
-    (record,) = impressions_of(live, "impressed", at_least=1)
-    event = decode_event(record.value, arrival_ms=record.timestamp, max_future_s=60)
-    assert (event.event_id, event.item_id) == (answer["request_id"], ids(answer)[0])
-    assert event.context == {"items": ids(answer), "model_version": 1, "fallback": "trending"}
-
-
-def impressions_of(settings: Settings, *user_ids: str, at_least: int) -> list[Any]:
-    """Kafka's records of these users' impressions, once there are so many, in order."""
-    keys = {user_id.encode() for user_id in user_ids}
-    found: list[Any] = []
-
-    def enough() -> bool:
-        for records in consumer.poll(timeout_ms=200).values():
-            found.extend(
-                record
-                for record in records
-                if record.key in keys and json.loads(record.value)["type"] == "impression"
-            )
-        return len(found) >= at_least
-
-    with closing(make_consumer(settings)) as consumer:
-        consumer.subscribe([EVENTS])
-        until(enough)
-    return sorted(found, key=lambda record: (record.partition, record.offset))
-
-
-def test_another_version_is_tried_on_some_users_or_unseen(
-    live: Settings, registry: Registry, promote: Callable[[], int], tmp_path: Path
-) -> None:
-    promote()
-    students.publish(registry, tmp_path, seed=2)
-    ensure_topics(live)
-    split = Trial(version=2, mode="split", percent=50, since_ms=1)
-    inside = next(f"trial-{n}" for n in count() if split.takes(f"trial-{n}"))
-    outside = next(f"trial-{n}" for n in count() if not split.takes(f"trial-{n}"))
-
-    asked = count()
-
-    def version_for(user_id: str) -> int:
-        next(asked)
-        return int(ask(client, user_id=user_id, recent_items=[item(1)])["model_version"])
-
-    with serving(live) as client:
-        assert version_for(inside) == 1
-        registry.begin_trial("student", split)
-        until(lambda: version_for(inside) == 2)
-        assert version_for(outside) == 1
-        assert ask(client, recent_items=[item(1)])["model_version"] == 1  # a session is in no arm
-        registry.begin_trial("student", replace(split, mode="shadow"))
-        until(lambda: version_for(inside) == 1)
-        assert version_for(outside) == 1
-        registry.end_trial("student")
-
-    arms: dict[tuple[str, int, str], set[bool]] = {}
-    for record in impressions_of(live, inside, outside, at_least=next(asked)):
-        told = json.loads(record.value)["context"]
-        mark = told.get("trial", "none").partition("-")[0]
-        about = (record.key.decode(), told["model_version"], mark)
-        arms.setdefault(about, set()).add("shadow" in told)
-        assert told.get("arm", SERVING) == (CANDIDATE if told["model_version"] == 2 else SERVING)
-        if "shadow" in told:
-            assert told["shadow"] != told["items"]  # seeds differ
-    assert arms[inside, 1, "none"] == {False}
-    assert arms[inside, 2, "split"] == arms[outside, 1, "split"] == {False}
-    assert arms[inside, 1, "shadow"] == {True}
-
-
-def test_kafka_away_costs_impressions_and_nothing_else(
-    live: Settings, promote: Callable[[], int]
-) -> None:
-    promote()
-    nowhere = f"127.0.0.1:{processes.free_port()}"
-    away = live.model_copy(update={"kafka_bootstrap": nowhere, "kafka_timeout_s": 0.5})
-    with serving(away) as client:
-        for _ in range(20):
-            began_s = time.monotonic()
-            ask(client, user_id="unimpressed")
-            assert time.monotonic() - began_s < 0.5
-        until(lambda: 'outcome="failed"' in client.get("/metrics").text)

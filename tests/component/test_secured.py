@@ -16,8 +16,8 @@ from services.core.features import FeatureStore
 from services.core.kafka import _security, end_offsets, ensure_topics
 from services.core.settings import Settings
 from services.local import processes
+from tests.answering import serving
 from tests.component.test_gateway import event, served
-from tests.component.test_recommend import serving
 
 PRODUCER, READER, OPERATOR = ("k" * 15 + letter for letter in "pro")
 KEYS = f"produce:{PRODUCER},recommend:{READER},produce+recommend+operate:{OPERATOR}"
