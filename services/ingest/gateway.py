@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from urllib.parse import unquote_to_bytes
 
 import orjson
 import uvicorn
@@ -31,7 +30,6 @@ from prometheus_client import (
 )
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import StringConvertor, register_url_convertor
 
 from services.core import logs
 from services.core.access import Role
@@ -42,9 +40,10 @@ from services.core.errors import (
     InvalidEventError,
     UnavailableError,
 )
-from services.core.events import EVENTS, ITEMS, Event, Item, decode_id
+from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.history import event_key
 from services.core.kafka import Publisher, topic_id
+from services.core.paths import allow_anything, id_after
 from services.core.settings import Settings
 from services.ingest.batch import (
     NDJSON,
@@ -120,7 +119,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await run_in_threadpool(publisher.close)
 
-    register_url_convertor("anything", _Anything())
+    allow_anything()
     app = FastAPI(title="Reflux: events", version="1", lifespan=lifespan)
 
     def let_in(request: Request, role: Role) -> None:
@@ -195,7 +194,7 @@ def create_app(settings: Settings) -> FastAPI:
         """Take one item's metadata; `item_id` may be left out of the body."""
 
         def item(body: bytes, _: str) -> Batch:
-            exact = _id_after("/v1/items/", request, field="item_id")
+            exact = id_after("/v1/items/", request, field="item_id")
             return items(_with_item_id(body, exact), "application/json")
 
         return await accept(request, ITEMS, metrics.items, item)
@@ -208,7 +207,7 @@ def create_app(settings: Settings) -> FastAPI:
         Kafka itself keeps the user's records until its retention ends.
         """
         let_in(request, "operate")
-        key = _id_after("/v1/users/", request, field="user_id")
+        key = id_after("/v1/users/", request, field="user_id")
 
         def work() -> None:
             publisher.publish(EVENTS, [(key.encode(), None)])
@@ -261,19 +260,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
-
-
-class _Anything(StringConvertor):
-    """An id in a path. Starlette's `path` stops at a line end, and a last one it drops: a wish to
-    forget "ann\\n" forgot ann."""
-
-    regex = r"[\s\S]*"
-
-
-def _id_after(prefix: str, request: Request, *, field: str) -> str:
-    """The id that the path ends with, from its bytes: what is no UTF-8 is nobody's id."""
-    raw: bytes = request.scope["raw_path"]
-    return decode_id(unquote_to_bytes(raw.partition(prefix.encode())[2]), field=field)
 
 
 def _with_item_id(body: bytes, item_id: str) -> bytes:

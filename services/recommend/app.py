@@ -12,7 +12,8 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 
-from services.core.errors import AccessError, ForbiddenError, UnavailableError
+from services.core.errors import AccessError, ForbiddenError, InvalidEventError, UnavailableError
+from services.core.paths import allow_anything, id_after
 from services.core.settings import Settings
 from services.recommend.schema import (
     MAX_BODY_BYTES,
@@ -30,7 +31,7 @@ from services.recommend.service import NoModelError, Recommender
 
 RETRY_AFTER_S: Final = 1
 PATH: Final = "/v1/recommendations"
-USERS_PATH: Final = "/v1/users/{user_id:path}"
+USERS_PATH: Final = "/v1/users/"
 MAX_EVENTS: Final = 4096  # of one history
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     401: {"model": Problems, "description": "no API key, or an unknown one"},
@@ -57,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The application; connects to Redis, Kafka and the registry when it starts, not before."""
     recommender = Recommender(settings)
     keys = settings.keys
+    allow_anything()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -128,7 +130,7 @@ def create_app(settings: Settings) -> FastAPI:
         return await answer(request, time.perf_counter())
 
     @app.get(
-        USERS_PATH,
+        USERS_PATH + "{user_id:anything}",
         response_model=UserAnswer,
         responses=USER_ERRORS,
         summary="What answers to a user go by: the latest interactions",
@@ -138,7 +140,11 @@ def create_app(settings: Settings) -> FastAPI:
     ) -> Response:
         keys.check(http.headers.get("authorization"), "recommend")
         try:
-            return _json(200, await recommender.user(user_id, n=n))
+            exact = id_after(USERS_PATH, http, field="user_id")
+            return _json(200, await recommender.user(exact, n=n))
+        except InvalidEventError as error:
+            wrong = {"field": error.field, "value": str(error.value), "fix": error.fix}
+            return refuse(422, [wrong])
         except UnavailableError as error:
             return _refusal(503, problem(str(error)))
 
