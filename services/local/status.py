@@ -8,7 +8,10 @@ from services.console.observe import Observer
 from services.core.settings import Settings
 
 TIMEOUT_S = 5.0
-NOT_SHOWN = ("at_ms", "metrics", "processes", "restarts", "endpoints", "loss", "recent")
+NOT_SHOWN = (
+    *("at_ms", "teacher_created_ms", "student_created_ms", "processes", "restarts", "endpoints"),
+    *("metrics", "quality", "loss", "recent"),  # of the metrics, the stream's are shown below
+)
 
 
 def status(settings: Settings) -> dict[str, Any]:
