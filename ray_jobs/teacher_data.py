@@ -1,9 +1,5 @@
-"""What the teacher learns from: the offline log, split by user among the workers.
-
-Not by Ray Data: a resumed or repeated run needs batch `step` to be the same again for any number of
-workers, and a line the whole histories of its users, while `streaming_split` hands out blocks of
-rows to whoever asks first. What it would give is that no single process reads the whole log
-(deploy/capacity.md says how far that carries).
+"""What the teacher learns from: a log in memory as shards (one in files: `teacher_log`), and
+shards as batches.
 
 Shapes: E events of a shard (each user's contiguous, oldest first), B packed lines of L events.
 """
@@ -13,50 +9,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_jobs.shards import Bools, History, Shard
 from services.core.catalog import Catalog
-from services.core.errors import RefluxError
-from services.core.eventlog import EventLog
-from services.core.events import ITEMS
-from services.core.history import INTERACTIONS
-from services.core.models.sequences import Features, Ints, Packed, Sequences, pack, sequences_of
-from services.core.settings import Settings
+from services.core.models.sequences import Ints, Packed, Sequences, pack, sequences_of
 
-Bools = NDArray[np.bool_]
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # rows, types, gaps, segments, targets: BL
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Shard:
-    """One worker's users. `fresh_E` marks the newest events, which are judged before they are
-    learned; `judged_E` those of them that the parent hasn't learned either."""
-
-    sequences: Sequences
-    fresh_E: Bools
-    judged_E: Bools
-
-    def past(self) -> Sequences:
-        """The same users without their fresh events."""
-        starts, old_E = self.sequences.starts, ~self.fresh_E
-        kept = np.concatenate([[0], np.cumsum(old_E)])[starts]
-        features = Features(*(column[old_E] for column in self.sequences.features))
-        return Sequences(features, np.unique(kept))
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class History:
-    """The log up to `offsets`, ready for training. `popularity` is that before the fresh events."""
-
-    catalog: Catalog
-    offsets: dict[int, int]
-    shards: list[Shard]
-    popularity: NDArray[np.float64]
-    n_events: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,60 +30,6 @@ class Interactions:
     types: NDArray[np.str_]
     times_ms: Ints
     values: NDArray[np.float64]
-
-
-def read_history(
-    settings: Settings,
-    *,
-    n_shards: int,
-    last_slice: float,
-    parent: Catalog | None,
-    parent_offsets: Mapping[int, int],
-) -> History:
-    """Read the offline log up to its end now.
-
-    Rows of the parent's catalog stay what they are. `RefluxError` where there is too little.
-    """
-    stored = EventLog(settings.offline)
-    offsets = stored.end()
-    names = ["user_id", "item_id", "type", "timestamp", "value", "partition", "offset"]
-    events = stored.read(until=offsets, columns=names)
-    events = events.filter(pc.is_in(events["type"], pa.array(INTERACTIONS)))
-    least = settings.teacher_first_events
-    if events.num_rows < least:
-        raise RefluxError(
-            f"the log at {settings.offline} holds {events.num_rows} interactions, a teacher needs "
-            f"{least}; send more events, or set REFLUX_TEACHER_FIRST_EVENTS"
-        )
-    users = events["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    if users.max() + 1 < n_shards:
-        raise RefluxError(f"{users.max() + 1} users can't be shared by {n_shards} workers")
-
-    catalog = Catalog()
-    if parent is not None:
-        catalog.add(parent.ids(range(1, len(parent))))
-    items = EventLog(settings.offline, topic=ITEMS)
-    catalog.describe(items.read(columns=["item_id", "title", "categories", "text"]))
-
-    learned_until = np.zeros(1 + max(offsets), np.int64)
-    for partition, offset in parent_offsets.items():
-        learned_until[partition] = offset
-    unseen = events["offset"].to_numpy() >= learned_until[events["partition"].to_numpy()]
-    log = Interactions(
-        users=users,
-        rows=catalog.add(events["item_id"].to_pylist()),
-        types=np.asarray(events["type"].to_pylist()),
-        times_ms=events["timestamp"].cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64()).to_numpy(),
-        values=events["value"].to_numpy(),
-    )
-    return history_of(
-        log,
-        catalog=catalog,
-        n_shards=n_shards,
-        last_slice=last_slice,
-        unseen_E=unseen,
-        offsets=offsets,
-    )
 
 
 def history_of(

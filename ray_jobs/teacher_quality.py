@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_jobs.teacher_data import Shard
+from ray_jobs.shards import Shard
 from services.core.metrics import ndcg_at, ranks_of
 from services.core.models.teacher import Teacher
 
 MIN_JUDGED = 200  # fewer events say too little: the standard error of NDCG@10 is then over .02
-CHUNK_EVENTS = 256  # of one user, ranked at once
+CHUNK_EVENTS = 256  # of one user, ranked at once ...
+CHUNK_SCORES = 2**24  # ... or fewer, where the catalog is large: 64 MB of scores
 
 
 @dataclass(frozen=True, kw_only=True)

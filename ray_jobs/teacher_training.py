@@ -31,8 +31,9 @@ from ray_jobs.muon import Muon
 from ray_jobs.parallel import Optimizers, prepared, restore, share_of_all, states, whole, world
 from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.rendezvous import RendezvousConfig
+from ray_jobs.shards import History, Shard
 from ray_jobs.spectral import start_items
-from ray_jobs.teacher_data import History, Lines, Shard
+from ray_jobs.teacher_data import Lines
 from ray_jobs.teacher_quality import Quality, judge
 from services.core import losses
 from services.core.models.encoder import attention_mask
@@ -69,7 +70,8 @@ def train(
     )
     model.grow(history.catalog.content)
     if recipe.train.spectral_start:  # cheap enough to be done anew at each refresh
-        start_items(model, [shard.sequences for shard in history.shards])
+        # The one thing that needs all users in one place, for catalogs of a size that allows it.
+        start_items(model, [_here(shard).sequences for shard in history.shards])
     print(f"{model.n_parameters:,} parameters, {history.n_events:,} interactions", flush=True)
     name = f"teacher-{time.time_ns()}"
     try:
@@ -124,7 +126,7 @@ def _trainer(
     run = Run(
         train=train,
         start=model,
-        shards=[ray.put(shard) for shard in history.shards],
+        shards=[ray.put(one) if isinstance(one, Shard) else one for one in history.shards],
         popularity=history.popularity,
         total_steps=max(1, round(epochs * history.n_events / events_per_step)),
         max_s=train.refresh_train_s if warm else train.max_train_s,
@@ -375,6 +377,10 @@ def summed(qualities: Iterable[Quality]) -> Quality:
         torch.distributed.all_reduce(sums)
     events, teacher, popularity = sums.tolist()
     return Quality(events=events, teacher=teacher, popularity=popularity)
+
+
+def _here(shard: "Shard | ray.ObjectRef[Shard]") -> Shard:
+    return shard if isinstance(shard, Shard) else ray.get(shard)
 
 
 def _remove(uri: str) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ray_jobs.recipes import Recipe
-from ray_jobs.teacher_data import History
+from ray_jobs.shards import History
 from ray_jobs.teacher_quality import Quality, verdict
 from ray_jobs.teacher_training import Trained
 from services.core.catalog import Catalog

@@ -10,9 +10,9 @@ import argparse
 import signal
 import sys
 
-from ray_jobs import own_ray, recipes
+from ray_jobs import recipes
 from ray_jobs.recipes import Recipe
-from ray_jobs.teacher_data import read_history
+from ray_jobs.teacher_log import OnRay, read_history
 from ray_jobs.teacher_training import train
 from ray_jobs.teacher_versions import publish, teaching_now
 from services.core.errors import RefluxError
@@ -43,13 +43,13 @@ def refresh(settings: Settings, recipe: Recipe) -> int:
     print(f"reading {settings.offline}", flush=True)
     history = read_history(
         settings,
+        OnRay(niceness=recipe.train.niceness),
         n_shards=recipe.train.n_shards,
         last_slice=recipe.train.last_slice,
         parent=parent.catalog if parent else None,
         parent_offsets=parent.offsets if parent else {},
     )
     print(f"from teacher {parent.version}" if parent else "from scratch", flush=True)
-    own_ray.join()
     trained = train(
         recipe,
         history,

@@ -112,6 +112,11 @@ class Catalog:
         self._popularity += np.bincount(rows, weights, minlength=len(self._popularity))
         self._popularity[0] = 0.0
 
+    def trend(self, popularity_V: NDArray[np.float64]) -> None:
+        """Take over popularity that was counted elsewhere."""
+        self._popularity[: len(self)] = popularity_V
+        self._popularity[0] = 0.0
+
     def to_table(self) -> pa.Table:
         """One line per item, ascending by row, padding left out (`SCHEMA`)."""
         content = [[int(token) for token in tokens if token] for tokens in self.content[1:]]

@@ -76,6 +76,14 @@ class Arrived(Generic[Record]):
     offset: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Portion:
+    """A part of the log, as `EventLog.read` takes it."""
+
+    since: Mapping[int, int]
+    until: Mapping[int, int]
+
+
 def events_table(events: Sequence[Arrived[Event]]) -> pa.Table:
     """Rows of the events log, in the given order."""
     records = [arrived.record for arrived in events]
@@ -167,6 +175,26 @@ class EventLog:
             total += max(0, span.last + 1 - first)
             at[span.partition] = max(first, span.last + 1)
         return total
+
+    def portions(self, *, until: Mapping[int, int], records: int) -> list[Portion]:
+        """The log up to `until`, which names all its partitions, cut between files into portions of
+        at most `records` offsets, or of one file."""
+        portions: list[Portion] = []
+        size, begin, end, at = 0, dict[int, int](), dict[int, int](), dict[int, int]()
+        for span in self._files.spans():
+            first = max(at.get(span.partition, 0), span.first)
+            last = min(span.last + 1, until.get(span.partition, 0))
+            if first >= last:
+                continue
+            if size and size + last - first > records:
+                portions.append(Portion(since={**until, **begin}, until={**until, **end}))
+                size, begin, end = 0, {}, {}
+            size += last - first
+            begin.setdefault(span.partition, first)
+            end[span.partition] = at[span.partition] = last
+        if size:
+            portions.append(Portion(since={**until, **begin}, until={**until, **end}))
+        return portions
 
     def read(
         self,

@@ -1,14 +1,20 @@
 """What the teacher is shown, what is kept from it until it is judged, and how it is judged."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
-from ray_jobs.teacher_data import History, Lines, read_history
+from ray_jobs.shards import History, Shard
+from ray_jobs.teacher_data import Lines
+from ray_jobs.teacher_log import read_history
 from ray_jobs.teacher_quality import Quality, judge, verdict
 from services.core.catalog import Catalog
 from services.core.errors import RefluxError
@@ -29,6 +35,21 @@ def settings(tmp_path: Path) -> Settings:
     return settings
 
 
+class Here:
+    """Runs what Ray would, at once and in this process."""
+
+    def keep(self, value: Any) -> Any:
+        return value
+
+    def start(self, function: Callable[..., Any], *arguments: Any, n: int) -> list[Any]:
+        values = list(function(*arguments))
+        assert len(values) == n
+        return values
+
+    def get(self, values: Sequence[Any]) -> list[Any]:
+        return list(values)
+
+
 def write_log(root: str) -> None:
     """Each user goes through the items in an order of their own; every 7th event is a mere view
     of what was recommended."""
@@ -38,8 +59,9 @@ def write_log(root: str) -> None:
     items = [f"item-{orders[u][e // N_USERS]}" for e, u in enumerate(users)]
     types = ["impression" if e % 7 == 3 else "click" for e in range(N_EVENTS)]
     time = pa.array(np.arange(N_EVENTS) * 10**7, pa.timestamp("us", tz="UTC"))
-    for partition in (0, 1):
-        at = np.flatnonzero(users % 2 == partition)
+    for partition, part in itertools.product((0, 1), range(3)):
+        of_partition = np.flatnonzero(users % 2 == partition)
+        at = of_partition[100 * part : 100 * (part + 1)]
         columns = {
             "event_id": [str(e) for e in at],
             "user_id": [f"user-{users[e]}" for e in at],
@@ -50,15 +72,23 @@ def write_log(root: str) -> None:
             "context": pa.nulls(len(at), pa.string()),
             "arrival": time.take(at),
             "partition": np.full(len(at), partition, np.int32),
-            "offset": np.arange(len(at)),
+            "offset": 100 * part + np.arange(len(at)),
         }
         EventLog(root, EVENTS).append(pa.table(columns, schema=SCHEMAS[EVENTS]))
 
 
-def read(settings: Settings, parent_offsets: dict[int, int] | None = None) -> History:
-    return read_history(
-        settings, n_shards=3, last_slice=0.25, parent=None, parent_offsets=parent_offsets or {}
-    )
+def read(settings: Settings, **different: Any) -> History:
+    given: dict[str, Any] = {
+        "n_shards": 3,
+        "last_slice": 0.25,
+        "parent": None,
+        "parent_offsets": {},
+    }
+    return read_history(settings, Here(), **{**given, **different})
+
+
+def shards_of(history: History) -> list[Shard]:
+    return [shard for shard in history.shards if isinstance(shard, Shard)]
 
 
 def test_shards_hold_every_interaction_once(settings: Settings) -> None:
@@ -66,14 +96,14 @@ def test_shards_hold_every_interaction_once(settings: Settings) -> None:
     n = sum(e % 7 != 3 for e in range(N_EVENTS))
     assert history.n_events == n
     assert history.offsets == {0: 300, 1: 300}
-    assert sum(len(shard.sequences.features.rows) for shard in history.shards) == n
-    assert sum(len(shard.sequences.starts) - 1 for shard in history.shards) == N_USERS
-    assert sum(shard.fresh_E.sum() for shard in history.shards) == n - int(n * 0.75)
+    assert sum(len(shard.sequences.features.rows) for shard in shards_of(history)) == n
+    assert sum(len(shard.sequences.starts) - 1 for shard in shards_of(history)) == N_USERS
+    assert sum(shard.fresh_E.sum() for shard in shards_of(history)) == n - int(n * 0.75)
     assert len(history.catalog) == 1 + N_ITEMS
 
 
 def test_the_past_knows_nothing_of_the_fresh(settings: Settings) -> None:
-    for shard in read(settings).shards:
+    for shard in shards_of(read(settings)):
         past, whole = shard.past(), shard.sequences
         np.testing.assert_array_equal(past.features.rows, whole.features.rows[~shard.fresh_E])
         for user in range(len(past.starts) - 1):
@@ -82,33 +112,63 @@ def test_the_past_knows_nothing_of_the_fresh(settings: Settings) -> None:
             np.testing.assert_array_equal(kept, whole.features.rows[start : start + len(kept)])
 
 
-def test_popularity_is_that_before_the_fresh_events(settings: Settings) -> None:
+def test_popularity_is_what_a_catalog_observes(settings: Settings) -> None:
+    """That of all for the catalog, that before the fresh events for who learns without them."""
     history = read(settings)
-    assert history.popularity.sum() < history.catalog.popularity.sum()
+    log = EventLog(settings.offline).read(columns=["item_id", "type"])
+    ids = log.filter(pc.not_equal(log["type"], "impression"))["item_id"].to_pylist()
+    observed = Catalog()
+    rows = observed.add(ids)
+    np.testing.assert_array_equal(history.catalog.rows(ids), rows)  # in the order of appearance
+    observed.observe(rows[: int(len(rows) * 0.75)])
+    np.testing.assert_allclose(history.popularity, observed.popularity)
+    observed.observe(rows[int(len(rows) * 0.75) :])
+    np.testing.assert_allclose(history.catalog.popularity, observed.popularity)
+
+
+def test_shards_are_the_same_however_the_log_is_cut(settings: Settings) -> None:
+    log = EventLog(settings.offline)
+    whole, cut = read(settings), read(settings, portion_events=150)
+    assert len(log.portions(until=log.end(), records=150)) > 3
+    np.testing.assert_allclose(whole.popularity, cut.popularity)
+    for one, other in zip(shards_of(whole), shards_of(cut), strict=True):
+        for a, b in zip(one.sequences.features, other.sequences.features, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(one.sequences.starts, other.sequences.starts)
+        np.testing.assert_array_equal(one.judged_E, other.judged_E)
+
+    again = log.read(since={0: 90, 1: 300}, until={0: 100, 1: 300})  # a producer's retry
+    offsets = pa.array(np.arange(300, 310), pa.int64())
+    log.append(again.set_column(again.schema.get_field_index("offset"), "offset", offsets))
+    assert read(settings, portion_events=150).n_events == whole.n_events
 
 
 def test_what_the_parent_learned_is_not_judged(settings: Settings) -> None:
-    assert sum(shard.judged_E.sum() for shard in read(settings, {0: 300, 1: 300}).shards) == 0
-    half = sum(shard.judged_E.sum() for shard in read(settings, {0: 300, 1: 0}).shards)
-    assert 0 < half < sum(shard.fresh_E.sum() for shard in read(settings).shards)
+    def judged(of_1: int) -> int:
+        history = read(settings, parent_offsets={0: 300, 1: of_1})
+        return sum(shard.judged_E.sum() for shard in shards_of(history))
+
+    assert judged(300) == 0
+    fresh = sum(shard.fresh_E.sum() for shard in shards_of(read(settings)))
+    assert 0 < judged(0) < fresh
 
 
 def test_a_parents_rows_stay(settings: Settings) -> None:
     parent = Catalog()
     parent.add(["gone", "item-3"])
-    history = read_history(settings, n_shards=1, last_slice=0.1, parent=parent, parent_offsets={})
+    history = read(settings, n_shards=1, parent=parent)
     assert history.catalog.rows(["gone", "item-3"]).tolist() == [1, 2]
 
 
 def test_too_little_is_one_clear_line(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RefluxError, match=r"holds 0 interactions.*TEACHER_FIRST_EVENTS"):
         read(settings.model_copy(update={"home": tmp_path / "empty"}))
-    with pytest.raises(RefluxError, match="12 users can't be shared by 13"):
-        read_history(settings, n_shards=13, last_slice=0.1, parent=None, parent_offsets={})
+    with pytest.raises(RefluxError, match="12 users are too few to be shared by 13"):
+        read(settings, n_shards=13)
 
 
 def test_an_epoch_shows_every_target_once_and_can_be_repeated(settings: Settings) -> None:
-    sequences = read(settings).shards[0].sequences
+    sequences = shards_of(read(settings))[0].sequences
     lines, again = (Lines(sequences, line_events=16, batch_lines=2, seed=[1, 0]) for _ in range(2))
     n_steps = -(-len(sequences.features.rows) // 32)
     epochs = [[lines.batch(e * n_steps + s)[-1] for s in range(n_steps)] for e in range(2)]
@@ -126,7 +186,7 @@ def test_judging_equals_ranking_event_by_event(settings: Settings) -> None:
     config = EncoderConfig(dim=16, n_layers=1, n_heads=2, max_len=64, dropout=0.5)
     model = Teacher(config, n_rows=len(history.catalog))
     model.describe(history.catalog.content)
-    shard = history.shards[0]
+    shard = shards_of(history)[0]
     quality = judge(model, shard, popularity=history.popularity)
     assert model.training
 

@@ -7,7 +7,7 @@ L events.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,14 +87,18 @@ def sequences_of(
     values: NDArray[np.float64] | None = None,
 ) -> Sequences:
     """Group a log, in time order, by user: each user's events keep their order."""
+    return grouped(users, rows, type_codes(types, values), timestamps_ms)
+
+
+def grouped(users: NDArray[Any], rows: Ints, codes: Ints, timestamps_ms: Ints) -> Sequences:
+    """The same, of types that are codes already."""
     order = np.argsort(users, kind="stable")
     users = users[order]
     first = np.ones(len(users), bool)
     first[1:] = users[1:] != users[:-1]
     gaps = gap_codes(timestamps_ms[order], first)
-    codes = type_codes(types, values)[order]
     starts = np.append(np.flatnonzero(first), len(users))
-    return Sequences(Features(rows[order], codes, gaps), starts)
+    return Sequences(Features(rows[order], codes[order], gaps), starts)
 
 
 def type_codes(types: Sequence[str], values: NDArray[np.float64] | None = None) -> Ints:
