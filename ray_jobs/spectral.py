@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 import scipy.sparse
 import torch
-from implicit.cpu.als import AlternatingLeastSquares
 from torch import Tensor
 
 from services.core.models.recommender import Recommender
@@ -70,6 +69,8 @@ def start_items(model: Recommender, shards: Sequence[Sequences]) -> None:
 def _factors(had_UV: scipy.sparse.csr_matrix, n: int) -> Tensor:
     """table_VF: for a set's sum x of one-hot rows, x @ table @ table.T is what the items' factors Y
     give a user with that set, x Y (Y'Y + regularisation)^-1 Y', but for a scale."""
+    from implicit.cpu.als import AlternatingLeastSquares  # .5 s that no other recipe needs
+
     model = AlternatingLeastSquares(
         factors=n, regularization=REGULARISATION, alpha=ALPHA, num_threads=1, random_state=0
     )

@@ -42,7 +42,8 @@ def judge(model: Teacher, shard: Shard, *, popularity: NDArray[np.float64]) -> Q
     table_VD = model.encoder.item_table()
     popularity_V = torch.tensor(popularity, device=device)
     quality = Quality()
-    for chunk in _chunks(shard, context=2 * model.config.max_len):
+    size = max(1, min(CHUNK_EVENTS, CHUNK_SCORES // model.n_rows))
+    for chunk in _chunks(shard, context=2 * model.config.max_len, size=size):
         features_1L = [torch.tensor(c[None, chunk.context], device=device) for c in chunk.features]
         hidden_LD = model(*features_1L, table_VD=table_VD)[0]
         target_N = torch.tensor(chunk.targets, device=device)
@@ -105,15 +106,15 @@ class _Chunk:
         return torch.from_numpy(seen)
 
 
-def _chunks(shard: Shard, *, context: int) -> Iterator[_Chunk]:
+def _chunks(shard: Shard, *, context: int, size: int) -> Iterator[_Chunk]:
     """A user's very first event has nothing to be predicted from, and isn't judged."""
     rows, starts = shard.sequences.features.rows, shard.sequences.starts
     judged = np.concatenate([[0], np.cumsum(shard.judged_E)])
     for start, end in pairwise(starts):
         # Judged events are their user's newest, late arrivals aside.
         first = max(start + 1, end - (judged[end] - judged[start]))
-        for at in range(first, end, CHUNK_EVENTS):
-            to = min(at + CHUNK_EVENTS, end)
+        for at in range(first, end, size):
+            to = min(at + size, end)
             yield _Chunk(
                 shard, slice(max(start, at - context), to - 1), rows[at:to], rows[start:at]
             )

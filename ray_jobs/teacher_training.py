@@ -172,6 +172,8 @@ class NextItemLoss(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
+        if negatives and not model.config.ordered:
+            raise ValueError("sampled_negatives: only for a model that reads events in order")
         self.model = model
         self.bf16 = bf16
         self.negatives = negatives
@@ -183,19 +185,45 @@ class NextItemLoss(nn.Module):
     def forward(
         self, rows_BL: Tensor, types_BL: Tensor, gaps_BL: Tensor, segments_BL: Tensor, y_BL: Tensor
     ) -> Tensor:
+        if self.negatives:
+            return self._sampled(rows_BL, types_BL, gaps_BL, segments_BL, y_BL)
         table_VD = self.model.encoder.item_table()
+        hidden_BLD = self._hidden(rows_BL, types_BL, gaps_BL, segments_BL, table_VD)
+        seen_NL = seen_before(rows_BL, segments_BL)[y_BL > 0] if self.mask_seen else None
+        return losses.full_softmax(
+            hidden_BLD[y_BL > 0], table_VD, self.model.bias_V, y_BL[y_BL > 0], seen_NL=seen_NL
+        )
+
+    def _sampled(
+        self, rows_BL: Tensor, types_BL: Tensor, gaps_BL: Tensor, segments_BL: Tensor, y_BL: Tensor
+    ) -> Tensor:
+        """Without ever having the table: of a large one, each step needs but a few rows."""
+        sampled_S = torch.multinomial(self.log_q_V.exp(), self.negatives, replacement=True)
+        all_rows = torch.cat([rows_BL.flatten(), y_BL.flatten(), sampled_S])
+        rows_R, at = torch.unique(all_rows, return_inverse=True)
+        at_BL, at_y_BL = (part.view_as(y_BL) for part in at[: 2 * y_BL.numel()].chunk(2))
+        table_RD = self.model.encoder.items(rows_R)
+        hidden_BLD = self._hidden(at_BL, types_BL, gaps_BL, segments_BL, table_RD)
+        return losses.sampled_softmax(
+            hidden_BLD[y_BL > 0],
+            table_RD,
+            self.model.bias_V[rows_R],
+            at_y_BL[y_BL > 0],
+            at[2 * y_BL.numel() :],
+            self.log_q_V[rows_R],
+        )
+
+    def _hidden(
+        self,
+        rows_BL: Tensor,
+        types_BL: Tensor,
+        gaps_BL: Tensor,
+        segments_BL: Tensor,
+        table_VD: Tensor,
+    ) -> Tensor:
         with torch.autocast(rows_BL.device.type, torch.bfloat16, enabled=self.bf16):
             hidden_BLD = self.model(rows_BL, types_BL, gaps_BL, segments_BL, table_VD=table_VD)
-        hidden_BLD = hidden_BLD.float()
-        hidden_ND, target_N = hidden_BLD[y_BL > 0], y_BL[y_BL > 0]
-        bias_V = self.model.bias_V
-        if self.negatives == 0:
-            seen_NL = seen_before(rows_BL, segments_BL)[y_BL > 0] if self.mask_seen else None
-            return losses.full_softmax(hidden_ND, table_VD, bias_V, target_N, seen_NL=seen_NL)
-        sampled_S = torch.multinomial(self.log_q_V.exp(), self.negatives, replacement=True)
-        return losses.sampled_softmax(
-            hidden_ND, table_VD, bias_V, target_N, sampled_S, self.log_q_V
-        )
+        return hidden_BLD.float()
 
 
 def seen_before(rows_BL: Tensor, segments_BL: Tensor) -> Tensor:
@@ -230,6 +258,7 @@ def train_worker(config: dict[str, Any]) -> None:
         model,
         device=device,
         sharded=train.fsdp,
+        rows_apart=train.sampled_negatives > 0,
     )
     optimizers = optimizers_of(model, learning_rate=run.learning_rate, train=train)
     progress = resume(model, optimizers)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ray_jobs import parallel, recipes
-from ray_jobs.teacher_data import Interactions, Lines, Shard, history_of
+from ray_jobs.shards import Shard
+from ray_jobs.teacher_data import Interactions, Lines, history_of
 from ray_jobs.teacher_training import NextItemLoss, learn, optimizers_of
 from services.core.catalog import Catalog
 from services.core.models.teacher import Teacher
@@ -34,18 +36,28 @@ def shards() -> tuple[list[Shard], np.ndarray]:
         values=np.full(n, np.nan),
     )
     history = history_of(log, catalog=catalog, n_shards=SHARDS, last_slice=0.0)
-    return history.shards, history.popularity
+    return [one for one in history.shards if isinstance(one, Shard)], history.popularity
 
 
-def trained(rank: int, world: int, *, sharded: bool, kept: Path) -> list[float]:
+# How two workers hold a teacher, and what of the catalog they learn against.
+WAYS: Final[dict[str, dict[str, Any]]] = {
+    "each all of it": {"sharded": False, "negatives": 0},
+    "each a part": {"sharded": True, "negatives": 0},
+    "each a part, sampled": {"sharded": True, "negatives": 20},
+}
+
+
+def trained(rank: int, world: int, *, sharded: bool, negatives: int, kept: Path) -> list[float]:
     """Two halves with a checkpoint between them; the curve of the loss over all targets."""
     data, popularity = shards()
     curve: list[float] = []
     for half in range(2):
         torch.manual_seed(0)
         model = Teacher(TEACHER, n_rows=len(popularity))
-        loss = NextItemLoss(model, popularity=popularity, negatives=0, mask_seen=True)
-        wrapped = parallel.prepared(loss, model, device=CPU, sharded=sharded)
+        loss = NextItemLoss(model, popularity=popularity, negatives=negatives, mask_seen=True)
+        wrapped = parallel.prepared(
+            loss, model, device=CPU, sharded=sharded, rows_apart=negatives > 0
+        )
         optimizers = optimizers_of(model, learning_rate=1e-2, train=TRAIN)
         if half:
             weights, moments = torch.load(kept, weights_only=True)
@@ -57,6 +69,7 @@ def trained(rank: int, world: int, *, sharded: bool, kept: Path) -> list[float]:
         for step in range(half * STEPS, (half + 1) * STEPS):
             parts = [lines.batch(step) for lines in mine]
             batch = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+            torch.manual_seed(step)  # the same rows drawn by all
             curve.append(mean(learn(wrapped, model, optimizers, batch, rate=1.0)))
         state = parallel.states(model, optimizers)
         parallel.whole(model)
@@ -76,8 +89,8 @@ def mean(loss: Tensor) -> float:
 
 def teach_together(rank: int, home: Path) -> None:
     """What each of two processes in a group does."""
-    for name in ("ddp", "fsdp"):
-        curve = trained(rank, 2, sharded=name == "fsdp", kept=home / f"{name}.pt")
+    for name, way in WAYS.items():
+        curve = trained(rank, 2, **way, kept=home / f"{name}.pt")
         if rank == 0:
             (home / name).write_text(" ".join(map(str, curve)))
 
@@ -86,15 +99,14 @@ def read(path: Path) -> Sequence[float]:
     return [float(value) for value in path.read_text().split()]
 
 
-def test_two_workers_with_whole_or_split_weights_learn_what_one_does(
-    together: Path, tmp_path: Path
-) -> None:
-    alone = trained(0, 1, sharded=False, kept=tmp_path / "alone.pt")
-    assert alone[-1] < alone[0] * 0.9
+@pytest.mark.parametrize("name", WAYS)
+def test_two_workers_learn_what_one_does(together: Path, tmp_path: Path, name: str) -> None:
+    way = {**WAYS[name], "sharded": False}
+    alone = trained(0, 1, **way, kept=tmp_path / "alone.pt")
+    assert alone[-1] < alone[0] * 0.95
     weights, _ = torch.load(tmp_path / "alone.pt", weights_only=True)
-    for name in ("ddp", "fsdp"):
-        assert read(together / name) == pytest.approx(alone, rel=1e-5)
-        theirs, _ = torch.load(together / f"{name}.pt", weights_only=True)
-        assert theirs.keys() == weights.keys()
-        for key, value in weights.items():
-            torch.testing.assert_close(theirs[key], value, atol=1e-5, rtol=0)
+    assert read(together / name) == pytest.approx(alone, rel=1e-5)
+    theirs, _ = torch.load(together / f"{name}.pt", weights_only=True)
+    assert theirs.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(theirs[key], value, atol=1e-5, rtol=0)

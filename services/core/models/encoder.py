@@ -78,6 +78,10 @@ class Encoder(nn.Module):
         """table_VD: what each row is (id) plus what it is made of (mean of its content)."""
         return item_table(self.item_id.weight, self.content.weight, self.content_VC)
 
+    def items(self, rows_R: Tensor) -> Tensor:
+        """table_RD: the same of these rows alone."""
+        return item_table(self.item_id(rows_R), self.content.weight, self.content_VC[rows_R])
+
     def forward(
         self,
         rows_BL: Tensor,
