@@ -21,6 +21,9 @@ import psutil
 from services.core.errors import UnavailableError
 
 LOOPBACK = "127.0.0.1"
+# For the head of a Ray of several nodes: by default it takes a silent one for dead after 65 s, with
+# these after 24 s, and what its peers wait for goes on elsewhere. deploy/ has the same.
+LOST_NODE = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +251,8 @@ def _ray_env(host: str) -> dict[str, str]:
         # Ray's own way to stay on loopback, where a node's address is otherwise the machine's
         # and its servers listen on every interface, whatever --node-ip-address says.
         env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+    else:
+        env |= LOST_NODE
     return env
 
 

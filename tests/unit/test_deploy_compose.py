@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from services import cli
 from services.core.settings import Settings
+from services.local.processes import LOST_NODE
 from services.local.stack import USUAL_PORTS
 from services.recommend.deploy import proxy_environment
 
@@ -178,6 +179,7 @@ def check_proxy(env: dict[str, str], scratch: Path) -> None:
     # Of one machine, where several stacks may meet and nothing listens beyond loopback.
     own = re.compile("PORT|SOCKET|LOC|STATE|NBTHREAD|BINARY|LOG_TARGET|LOOPBACK")
     assert given == {name: value for name, value in wanted.items() if not own.search(name)}
+    assert env.items() >= LOST_NODE.items()
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30, "time for a stopped job's checkpoint"
 
 
