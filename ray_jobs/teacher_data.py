@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ray_jobs.shards import Bools, History, Shard
 from services.core.catalog import Catalog
-from services.core.models.sequences import Ints, Packed, Sequences, pack, sequences_of
+from services.core.models.sequences import Ints, Layout, Sequences, sequences_of
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # rows, types, gaps, segments, targets: BL
 
@@ -95,7 +95,7 @@ class Lines:
         n_lines = -(-len(sequences.features.rows) // line_events)
         self._steps_per_epoch = max(1, -(-n_lines // batch_lines))
         self._epoch = -1
-        self._packed: Packed
+        self._layout: Layout
         self._order: NDArray[np.int64]
 
     def batch(self, step: int) -> Batch:
@@ -104,11 +104,11 @@ class Lines:
             random = np.random.default_rng([*self._seed, epoch])
             users = random.permutation(len(self._sequences.starts) - 1)
             sequences = self._sequences if self._ordered else self._sequences.shuffled(random)
-            self._packed = pack(sequences, length=self._length, order=users)
-            self._order = random.permutation(len(self._packed.targets))
+            self._layout = Layout(sequences, length=self._length, order=users)
+            self._order = random.permutation(self._layout.n_lines)
             self._epoch = epoch
         chosen = self._order[at * self._batch_lines : (at + 1) * self._batch_lines]
-        packed = self._packed
+        packed = self._layout.lines(chosen)
         columns = (*packed.features, packed.segments, packed.targets)
-        rows, types, gaps, segments, targets = (torch.from_numpy(c[chosen]) for c in columns)
+        rows, types, gaps, segments, targets = map(torch.from_numpy, columns)
         return rows, types, gaps, segments, targets

@@ -27,7 +27,7 @@ from services.core.errors import RefluxError
 from services.core.eventlog import EventLog, Portion
 from services.core.events import ITEMS
 from services.core.history import INTERACTIONS, event_key
-from services.core.models.sequences import Ints, grouped, type_codes
+from services.core.models.sequences import Ints, Sequences, grouped, type_codes
 from services.core.settings import Settings
 
 PORTION_EVENTS: Final = 1_000_000  # that one reader takes, about 300 MB while it does
@@ -243,7 +243,8 @@ def build(plan: Plan, *parts: EventRows) -> tuple[dict[str, Any], Shard]:
         "popularity": popularity(np.ones(len(events), bool), ages_E),
         "popularity_before": popularity(~fresh_E, ages_E - n_fresh),
     }
-    shard = Shard(sequences=sequences, fresh_E=fresh_E, judged_E=fresh_E & events["unseen"])
+    compact = Sequences(sequences.features.compact(), sequences.starts)
+    shard = Shard(sequences=compact, fresh_E=fresh_E, judged_E=fresh_E & events["unseen"])
     return summary, shard
 
 

@@ -6,6 +6,7 @@ Shapes: N judged events, V catalog rows, L events of one user.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,9 @@ def judge(model: Teacher, shard: Shard, *, popularity: NDArray[np.float64]) -> Q
     quality = Quality()
     size = max(1, min(CHUNK_EVENTS, CHUNK_SCORES // model.n_rows))
     for chunk in _chunks(shard, context=2 * model.config.max_len, size=size):
-        features_1L = [torch.tensor(c[None, chunk.context], device=device) for c in chunk.features]
+        features_1L = [torch.tensor(c, device=device)[None].long() for c in chunk.read]
         hidden_LD = model(*features_1L, table_VD=table_VD)[0]
-        target_N = torch.tensor(chunk.targets, device=device)
+        target_N = torch.tensor(chunk.targets, device=device).long()
         seen_NV = chunk.seen(model.n_rows).to(device)
         scores_NV = model.scores(hidden_LD[-len(target_N) :], table_VD=table_VD)
         ranks = ranks_of(scores_NV, target_N, seen_NV=seen_NV).cpu().numpy()
@@ -89,12 +90,13 @@ class _Chunk:
 
     shard: Shard
     context: slice  # the events that predict: the last one predicts the last target
-    targets: NDArray[np.int64]
-    before: NDArray[np.int64]  # rows the user had before the first target
+    targets: NDArray[Any]
+    before: NDArray[Any]  # rows the user had before the first target
 
     @property
-    def features(self) -> tuple[NDArray[np.int64], ...]:
-        return self.shard.sequences.features
+    def read(self) -> list[NDArray[Any]]:
+        """What predicts the targets."""
+        return [column[self.context] for column in self.shard.sequences.features]
 
     def seen(self, n_rows: int) -> Tensor:
         """seen_NV: what the user had before each target."""

@@ -13,7 +13,7 @@ from services.core.losses import full_softmax
 from services.core.metrics import ndcg_at, ranks_of
 from services.core.models.encoder import EncoderConfig
 from services.core.models.recommender import Recommender
-from services.core.models.sequences import Sequences, pack, sequences_of
+from services.core.models.sequences import Layout, Packed, Sequences, sequences_of
 from services.core.models.student import Student, StudentConfig
 from services.core.models.teacher import Teacher
 
@@ -50,15 +50,20 @@ def histories(n_users: int, length: int, seed: int = 0) -> Sequences:
     return sequences_of(users, rows, ["rating"] * len(rows), times, rng.uniform(1, 5, len(rows)))
 
 
+def packed(sequences: Sequences, length: int) -> Packed:
+    layout = Layout(sequences, length=length)
+    return layout.lines(np.arange(layout.n_lines))
+
+
 def inputs(sequences: Sequences, length: int) -> list[torch.Tensor]:
-    packed = pack(sequences, length=length)
-    return [torch.from_numpy(a) for a in (*packed.features, packed.segments)]
+    lines = packed(sequences, length)
+    return [torch.from_numpy(a) for a in (*lines.features, lines.segments)]
 
 
 def test_overfits_ten_users(model: Recommender) -> None:
-    packed = pack(histories(10, 12), length=120)
+    lines = packed(histories(10, 12), 120)
     rows, types, gaps, segments, targets = (
-        torch.from_numpy(a) for a in (*packed.features, packed.segments, packed.targets)
+        torch.from_numpy(a) for a in (*lines.features, lines.segments, lines.targets)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
@@ -84,9 +89,9 @@ def test_a_later_event_changes_no_earlier_output(model: Recommender) -> None:
 
 def test_packed_and_alone_give_the_same(model: Recommender) -> None:
     sequences = histories(4, 10)
-    packed = model(*inputs(sequences, 40)).view(4, 10, -1)
+    together = model(*inputs(sequences, 40)).view(4, 10, -1)
     alone = model(*inputs(sequences, 10)[:3])
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_are_relative(model: Recommender) -> None:
@@ -148,9 +153,9 @@ def a_set_student() -> Student:
 
 def test_a_set_has_no_order_and_users_in_one_line_stay_apart() -> None:
     student, sequences = a_set_student(), histories(4, 10)
-    packed = student(*inputs(sequences, 40)).view(4, 10, -1)
+    together = student(*inputs(sequences, 40)).view(4, 10, -1)
     alone = student(*inputs(sequences, 10)[:3])
-    torch.testing.assert_close(packed, alone)
+    torch.testing.assert_close(together, alone)
     shuffled = student(*inputs(sequences.shuffled(np.random.default_rng(0)), 10)[:3])
     torch.testing.assert_close(shuffled[:, -1], alone[:, -1])
     assert not torch.allclose(shuffled[:, -2], alone[:, -2])  # of the first nine: others

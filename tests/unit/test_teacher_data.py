@@ -197,12 +197,12 @@ def test_judging_equals_ranking_event_by_event(settings: Settings) -> None:
         start = starts[np.searchsorted(starts, event, side="right") - 1]
         if event == start:
             continue
-        before = [torch.from_numpy(c[None, start:event]) for c in shard.sequences.features]
+        before = [torch.from_numpy(c[None, start:event]).long() for c in shard.sequences.features]
         seen = torch.zeros(1, len(history.catalog), dtype=torch.bool)
         seen[0, rows[start:event]] = True
         with torch.no_grad():
             scores = model.scores(model(*before)[:, -1])
-        rank = ranks_of(scores, torch.tensor([rows[event]]), seen_NV=seen)
+        rank = ranks_of(scores, torch.tensor([int(rows[event])]), seen_NV=seen)
         gains.append(ndcg_at(rank.numpy(), 10))
     assert quality.events == len(gains)
     assert quality.teacher == pytest.approx(sum(gains), abs=1e-4)
