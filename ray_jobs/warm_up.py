@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +12,14 @@ import torch
 
 from ray_jobs import replay
 from ray_jobs.checkpoint import Counters, State
-from ray_jobs.histories import Histories
+from ray_jobs.histories import NO_EVENTS, Histories, merged
 from ray_jobs.learner import adam, learn, start_from
 from ray_jobs.microbatch import MicroBatch, UserNews, absorb, group
 from ray_jobs.peers import ALONE, Peers
 from ray_jobs.recipes import DistillConfig, Recipe
 from ray_jobs.stream import COLUMNS, Received
 from ray_jobs.teachers import Asked, Teaching
-from services.core.catalog import Catalog
+from services.core.catalog import TRENDING_HALF_LIFE_EVENTS, Catalog
 from services.core.eventlog import EventLog
 from services.core.events import ITEMS
 from services.core.kafka import resume_offsets
@@ -29,6 +29,8 @@ from services.core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+PORTION_EVENTS = 1_000_000  # of the log, held at a time
+TRENDING_EVENTS = 20 * TRENDING_HALF_LIFE_EVENTS  # whatever came before counts 2^-20
 LABELS_AHEAD = 2  # batches that the teacher has been asked about and the student not reached
 RISE_STEPS = 50  # over which the learning rate comes up
 LOG_EVERY_S = 5.0
@@ -39,8 +41,11 @@ def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
     events, items = EventLog(settings.offline), EventLog(settings.offline, ITEMS)
     end = resume_offsets(settings, events)
     items_until = items.end()
-    state = state_of(
-        Received.of_log(events.read(until=end, columns=COLUMNS)),
+    state = remembering(
+        (
+            Received.of_log(events.read(since=part.since, until=part.until, columns=COLUMNS))
+            for part in events.portions(until=end, records=PORTION_EVENTS)
+        ),
         items.read(until=items_until),
         recipe=recipe,
         seed=settings.seed,
@@ -55,17 +60,29 @@ def state_of(
     received: Received, items: pa.Table, *, recipe: Recipe, seed: int, peers: Peers = ALONE
 ) -> State:
     """A new student that remembers what was received; `items` as `Catalog.describe` takes them."""
+    return remembering([received], items, recipe=recipe, seed=seed, peers=peers)
+
+
+def remembering(
+    parts: Iterable[Received], items: pa.Table, *, recipe: Recipe, seed: int, peers: Peers
+) -> State:
+    """The same of a log that comes in parts, of which one is held at a time."""
     catalog = Catalog()
     catalog.describe(items)
-    arrivals = received.arrivals(catalog)
-    catalog.observe(arrivals.events["row"].astype(np.int64))
     histories = Histories(keep=recipe.distill.keep_events)
-    absorb(group(arrivals.owned(peers.rank, peers.world), histories), histories)
+    newest, n_events = NO_EVENTS, 0
+    for received in parts:
+        n_events += len(received)
+        arrivals = received.arrivals(catalog)
+        absorb(group(arrivals.owned(peers.rank, peers.world), histories), histories)
+        newest, _ = merged(newest, arrivals.events)
+        newest = newest[-TRENDING_EVENTS:].copy()
+    catalog.observe(newest["row"].astype(np.int64))
     student = Student(recipe.student, n_rows=len(catalog))
     student.describe(catalog.content)
     logger.info(
         "the log holds %d events of %d users; the catalog %d items",
-        *(len(received), len(histories), len(catalog) - 1),
+        *(n_events, len(histories), len(catalog) - 1),
     )
     return State(
         student=student,

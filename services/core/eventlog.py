@@ -177,13 +177,14 @@ class EventLog:
         return total
 
     def portions(self, *, until: Mapping[int, int], records: int) -> list[Portion]:
-        """The log up to `until`, which names all its partitions, cut between files into portions of
-        at most `records` offsets, or of one file."""
+        """The log up to `until` (a partition missing from it: to its end), cut between files into
+        portions of at most `records` offsets, or of one file."""
+        until = {**self.end(), **until}
         portions: list[Portion] = []
         size, begin, end, at = 0, dict[int, int](), dict[int, int](), dict[int, int]()
         for span in self._files.spans():
             first = max(at.get(span.partition, 0), span.first)
-            last = min(span.last + 1, until.get(span.partition, 0))
+            last = min(span.last + 1, until[span.partition])
             if first >= last:
                 continue
             if size and size + last - first > records:

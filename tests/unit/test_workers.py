@@ -21,7 +21,7 @@ from ray_jobs.microbatch import MicroBatch
 from ray_jobs.peers import ALONE, Peers
 from ray_jobs.stream import Received
 from ray_jobs.teachers import Asked
-from ray_jobs.warm_up import state_of, warm_up
+from ray_jobs.warm_up import remembering, state_of, warm_up
 from services.core.catalog import Catalog
 from services.core.events import Event, EventType
 from services.core.metrics import Ranks
@@ -114,12 +114,15 @@ class Tutor:
         return asked.teacher, None
 
 
+def no_items() -> pa.Table:
+    items = pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title", "text")})
+    return items.append_column("categories", pa.array([], pa.list_(pa.string())))
+
+
 def first_state(peers: Peers) -> State:
     torch.manual_seed(0)
     history = received(list(range(PARTITIONS)), 0, HISTORY)
-    items = pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title", "text")})
-    items = items.append_column("categories", pa.array([], pa.list_(pa.string())))
-    state = state_of(history, items, recipe=RECIPE, seed=0, peers=peers)
+    state = state_of(history, no_items(), recipe=RECIPE, seed=0, peers=peers)
     state.learned(dict.fromkeys(range(peers.rank, PARTITIONS, peers.world), HISTORY))
     return state
 
@@ -201,3 +204,23 @@ def test_what_is_learned_does_not_depend_on_the_number_of_workers(
     assert second.ledger == {p: [[0, end + TICKS * EACH]] for p in range(PARTITIONS)}
     assert second.quality.metrics()["stream.events"] == 2 * PARTITIONS * TICKS * EACH
     assert_same(left_in(together / "3"), second)
+
+
+def test_a_log_in_parts_is_remembered_as_a_whole_one() -> None:
+    whole = first_state(ALONE)
+    parts = remembering(
+        (received([partition], 0, HISTORY) for partition in range(PARTITIONS)),
+        no_items(),
+        recipe=RECIPE,
+        seed=0,
+        peers=ALONE,
+    )
+
+    def known(state: State) -> dict[str, list[str]]:
+        rows_of = {user: state.histories.of(user)["row"] for user in state.histories.users()}
+        return {user: state.catalog.ids(rows) for user, rows in rows_of.items()}
+
+    assert known(parts) == known(whole)
+    ids = whole.catalog.ids(range(1, len(whole.catalog)))
+    one, other = (state.catalog.popularity[state.catalog.rows(ids)] for state in (whole, parts))
+    np.testing.assert_allclose(one, other, rtol=1e-3)  # ties of time in another order
