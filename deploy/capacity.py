@@ -37,7 +37,8 @@ class Measured:
     log_bytes: float = 913.0  # of an event in the offline log (16) and its user's row there (897)
     row_bytes: float = 70.8  # of an event in a user's online row
     remembered_bytes: float = 22.4  # of an event in the distillation's memory
-    read_bytes: float = 285.0  # of an event while a job reads the log
+    read_bytes: float = 285.0  # of an event while a portion of the log is read
+    shard_bytes: float = 14.0  # of an event in a teacher's worker
     student_bytes_per_item: float = 176.0  # of a published version
 
 
@@ -64,11 +65,12 @@ class Cited:
 M, C = Measured(), Cited()
 
 BUSY = 0.6  # of a core that waits for others: room for skew and restarts
-HEAD_BYTES = 128 * GIB  # of the pod that reads the log (overlays/production)
+LEARNER_BYTES, TEACHER_BYTES = 12 * GIB, 32 * GIB  # of a worker's pod (overlays/production)
 PUBLISH_S, FLUSH_S, REFRESH_S = 5.0, 10.0, 6 * 3600.0
 USERS_DIFFER = 3.0  # standard deviation of their activity over its mean; MovieLens-1M: 1.2
 REBALANCE_S = 10.0  # until others have a lost worker's partitions: session and join
 LEARNERS = 64  # distillation workers, as many as seems sane
+TEACHERS = 8  # workers of a teacher, as in recipe many_gpus
 TEACHER_FLOP = 6 * 12 * 12 * 512**2 + 6 * 8192 * 512  # a trained event of recipe many_gpus
 REFRESH_EPOCHS = 3
 
@@ -159,13 +161,13 @@ def ceilings(load: Load) -> list[Ceiling]:
     log_s = load.log_days * 86_400
     found = [
         Ceiling(
-            what="the teacher's driver reads the whole log",
-            events_per_s=HEAD_BYTES / (M.read_bytes * log_s),
-            then="read by Ray Data, in shards",
+            what=f"{TEACHERS} workers of 32 GiB hold the log that the teacher learns",
+            events_per_s=TEACHERS * TEACHER_BYTES / (M.shard_bytes * log_s),
+            then="more workers; a bound on the log that is read",
         ),
         Ceiling(
             what=f"{LEARNERS} distillation workers of 12 GiB remember every event",
-            events_per_s=LEARNERS * 12 * GIB / (M.remembered_bytes * log_s),
+            events_per_s=LEARNERS * LEARNER_BYTES / (M.remembered_bytes * log_s),
             then="a bound on users, the rest from the online store",
         ),
         Ceiling(

@@ -26,7 +26,7 @@ import redis
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from ray_jobs import recipes
+from ray_jobs import recipes, teacher_log
 from ray_jobs.distiller import Distiller
 from ray_jobs.evaluate.events import Events
 from ray_jobs.evaluate.students import ArraySource, ArrayTeachers, save_teacher
@@ -248,7 +248,7 @@ def measure_sizes(settings: Settings) -> dict[str, float]:
 
 
 def measure_memory(settings: Settings) -> dict[str, float]:
-    """Bytes of an event where a job holds the whole log: as it is read, and as it is remembered."""
+    """Bytes of an event where a job holds the log: as it is read, remembered, and learned."""
     made = events(50_000)
     log = EventLog(settings.offline)
     for first in range(0, len(made), 10_000):
@@ -267,7 +267,20 @@ def measure_memory(settings: Settings) -> dict[str, float]:
         "read_bytes_per_event": read / len(made),
         "table_bytes_per_event": table.nbytes / len(made),
         "remembered_bytes_per_event": state.histories.to_table().nbytes / len(made),
+        "shard_bytes_per_event": shard_bytes(settings) / len(made),
     }
+
+
+def shard_bytes(settings: Settings) -> float:
+    """What a teacher's worker holds of a log that is all its own: the shard, and what of it is
+    learned until the end of the run."""
+    [everything] = EventLog(settings.offline).portions(until={}, records=10**9)
+    told, part = teacher_log.read(everything, settings.offline, {}, 1)
+    plan = teacher_log.planned([told], Catalog(), last_slice=0.02)
+    _, shard = teacher_log.build(plan, part)
+    parts = (shard.sequences, shard.past())
+    arrays = [array for one in parts for array in (*one.features, one.starts)]
+    return sum(array.nbytes for array in (*arrays, shard.fresh_E, shard.judged_E))
 
 
 def measure_distil(settings: Settings) -> dict[str, float]:

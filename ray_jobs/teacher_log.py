@@ -5,6 +5,11 @@ user; the driver learns from what they tell which items there are and which even
 builders put the shards together. All are Ray tasks, so that a shard lost with its node is made
 again. What comes out depends neither on how the log was cut nor on who read what.
 
+Not by Ray Data, whose shuffle by key over the same readers and builders was measured (26 November
+2026, Ray 2.60, 4 logical CPUs on one core, four portions): a million events took it 28 s and 23 CPU
+seconds, tasks 11 s and 9; 100,000 in one portion 14 s and 12, tasks 2 s and 2. The largest process
+had 328 MB, 282 MB with tasks; one that read all of it in place 826 MB (and 5 s).
+
 Shapes: E events, K items of a portion, T points in time, V catalog rows.
 """
 
