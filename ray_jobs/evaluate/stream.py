@@ -53,6 +53,7 @@ ABLATIONS: Final[dict[str, Callable[[Recipe], Recipe]]] = {
     "no-start": _with(start_from_teacher=False),
     "no-tower": _with(soft_tower=False),
     "temperature-1": _with(temperature=1.0),
+    "temperature-2": _with(temperature=2.0),
     "temperature-4": _with(temperature=4.0),
     "top-16": _with(top_k=16),
     "top-256": _with(top_k=256),
@@ -62,6 +63,7 @@ ABLATIONS: Final[dict[str, Callable[[Recipe], Recipe]]] = {
     "ageless-teacher": _with(teacher_half_life_events=10**12),
     "half-the-rate": _with(learning_rate=1e-3),
     "twice-the-rate": _with(learning_rate=4e-3),
+    "every-step-labelled": _with(warm_up_label_every=1),
     "twice-the-warm-up": _longer,
     "hard-twice-the-warm-up": _longer,
 }
