@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ray_jobs import parallel, recipes
-from ray_jobs.teacher_training import NextItemLoss, learn, optimizers_of
+from ray_jobs.teacher_steps import NextItemLoss, learn, optimizers_of
 from services.core.models.teacher import Teacher
 
 ITEMS: Final = 500_000
@@ -92,6 +92,7 @@ def memory_mb() -> float:
 
 
 def peak_mb() -> float:
+    """Of this process alone: what `getrusage` says begins with the parent's at the fork."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ray_jobs import parallel, recipes
 from ray_jobs.shards import Shard
 from ray_jobs.teacher_data import Interactions, Lines, history_of
-from ray_jobs.teacher_training import NextItemLoss, learn, optimizers_of
+from ray_jobs.teacher_steps import NextItemLoss, learn, optimizers_of
 from services.core.catalog import Catalog
 from services.core.models.teacher import Teacher
 
