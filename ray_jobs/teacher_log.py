@@ -13,7 +13,6 @@ had 328 MB, 282 MB with tasks; one that read all of it in place 826 MB (and 5 s)
 Shapes: E events, K items of a portion, T points in time, V catalog rows.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,15 +28,15 @@ from ray_jobs import own_ray
 from ray_jobs.shards import History, Shard
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS, Catalog
 from services.core.errors import RefluxError
-from services.core.eventlog import EventLog, Portion
+from services.core.eventlog import PORTION_RECORDS, EventLog, Portion
 from services.core.events import ITEMS
 from services.core.history import INTERACTIONS, event_key
 from services.core.models.sequences import Ints, Sequences, grouped, type_codes
 from services.core.settings import Settings
 
-PORTION_EVENTS: Final = 1_000_000  # that one reader takes, about 300 MB while it does
+APPEARED: Final = ("item_id", "timestamp", "partition", "offset")  # an item, and when
 MOST_POINTS: Final = 10_000  # in time, by which a reader tells when its events were
-COLUMNS: Final = ("user_id", "item_id", "type", "timestamp", "value", "event_id")
+COLUMNS: Final = (*APPEARED, "user_id", "type", "value", "event_id")
 EVENT: Final = np.dtype(
     [
         ("user", "<u8"),  # a hash
@@ -98,6 +97,17 @@ class Told:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Counted:
+    """What a shard adds up to: users, events, and the popularity that they give each row (V), in
+    all and before the fresh events."""
+
+    users: int
+    events: int
+    popularity_V: NDArray[np.float64]
+    popularity_before_V: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
     """What holds for all shards. `rows`: of each portion's items (K); `times_ms` (T) and how many
     events there are until each of them."""
@@ -129,7 +139,7 @@ def read_history(
     last_slice: float,
     parent: Catalog | None,
     parent_offsets: Mapping[int, int],
-    portion_events: int = PORTION_EVENTS,
+    portion_records: int = PORTION_RECORDS,
 ) -> History:
     """Read the offline log up to its end now; its newest `last_slice` is judged before it is
     learned, as far as the parent hasn't learned it.
@@ -138,7 +148,7 @@ def read_history(
     """
     stored = EventLog(settings.offline)
     offsets = stored.end()
-    portions = stored.portions(until=offsets, records=portion_events)
+    portions = stored.portions(until=offsets, records=portion_records)
     given = (settings.offline, dict(parent_offsets), n_shards)
     reading = [runs.start(read, portion, *given, n=1 + n_shards) for portion in portions]
     told: list[Told] = runs.get([values[0] for values in reading])
@@ -158,17 +168,17 @@ def read_history(
         runs.start(build, plan, *(values[1 + number] for values in reading), n=2)
         for number in range(n_shards)
     ]
-    built = runs.get([summary for summary, _ in building])
-    if not all(one["users"] for one in built):
-        n_users = sum(one["users"] for one in built)
+    built: list[Counted] = runs.get([counted for counted, _ in building])
+    if not all(one.users for one in built):
+        n_users = sum(one.users for one in built)
         raise RefluxError(f"{n_users} users are too few to be shared by {n_shards} workers")
-    catalog.trend(sum(one["popularity"] for one in built))
+    catalog.trend(np.sum([one.popularity_V for one in built], axis=0))
     return History(
         catalog=catalog,
         offsets=offsets,
         shards=[shard for _, shard in building],
-        popularity=sum(one["popularity_before"] for one in built),
-        n_events=sum(one["events"] for one in built),
+        popularity=np.sum([one.popularity_before_V for one in built], axis=0),
+        n_events=sum(one.events for one in built),
     )
 
 
@@ -176,17 +186,18 @@ def read(
     portion: Portion, offline: str, learned_until: Mapping[int, int], n_shards: int
 ) -> tuple[Any, ...]:
     """What is told of a portion, and its events for each shard, in the order of time."""
-    table = EventLog(offline).read(
-        since=portion.since, until=portion.until, columns=[*COLUMNS, "partition", "offset"]
-    )
+    table = EventLog(offline).read(since=portion.since, until=portion.until, columns=COLUMNS)
     wanted = pc.is_in(table["type"], pa.array(INTERACTIONS))
     table = table.filter(wanted).combine_chunks()
-    users, items = (table[name].combine_chunks().dictionary_encode() for name in COLUMNS[:2])
-    hashes = np.array([_hash(user_id) for user_id in users.dictionary.to_pylist()], np.uint64)
+    users, items = (
+        table[name].combine_chunks().dictionary_encode() for name in ("user_id", "item_id")
+    )
+    # Of a user's id as of an event's: 64 bits, of which any share will do.
+    hashes = np.array([event_key(user_id) for user_id in users.dictionary.to_pylist()], np.int64)
     partitions, offsets = (table[name].to_numpy() for name in ("partition", "offset"))
     learned = np.array([learned_until.get(p, 0) for p in range(1 + partitions.max(initial=0))])
     events = np.zeros(len(table), EVENT)
-    events["user"] = hashes[users.indices.to_numpy()]
+    events["user"] = hashes.view(np.uint64)[users.indices.to_numpy()]
     events["item"] = items.indices.to_numpy()
     events["type"] = type_codes(table["type"].to_pylist(), table["value"].to_numpy())
     events["unseen"] = offsets >= learned[partitions]
@@ -194,9 +205,12 @@ def read(
     events["time_ms"] = times.to_numpy()
     events["key"] = [event_key(event_id) for event_id in table["event_id"].to_pylist()]
     first = np.unique(events["item"], return_index=True)[1]  # in the order of their numbers
-    where = table.select(["item_id", "timestamp", "partition", "offset"])
     at = np.linspace(0, len(table) - 1, min(len(table), MOST_POINTS)).round().astype(np.int64)
-    told = Told(n_events=len(table), items=where.take(first), times_ms=events["time_ms"][at].copy())
+    told = Told(
+        n_events=len(table),
+        items=table.select(list(APPEARED)).take(first),
+        times_ms=events["time_ms"][at].copy(),
+    )
     shards = events["user"] % np.uint64(n_shards)
     return told, *(events[shards == number] for number in range(n_shards))
 
@@ -221,9 +235,8 @@ def planned(told: Sequence[Told], catalog: Catalog, *, last_slice: float) -> Pla
     )
 
 
-def build(plan: Plan, *parts: EventRows) -> tuple[dict[str, Any], Shard]:
-    """A shard of what the readers of all portions, in their order, have for it; and of it: users,
-    events, and the popularity that they add to each row, before the fresh events and after."""
+def build(plan: Plan, *parts: EventRows) -> tuple[Counted, Shard]:
+    """A shard of what the readers of all portions, in their order, have for it."""
     rows = np.concatenate(
         [row_K[part["item"]] for row_K, part in zip(plan.rows, parts, strict=True)]
     )
@@ -242,17 +255,12 @@ def build(plan: Plan, *parts: EventRows) -> tuple[dict[str, Any], Shard]:
     sequences = grouped(
         events["user"], rows, events["type"].astype(np.int64), events["time_ms"].astype(np.int64)
     )
-    summary = {
-        "users": len(sequences.starts) - 1,
-        "events": len(events),
-        "popularity": popularity(np.ones(len(events), bool), ages_E),
-        "popularity_before": popularity(~fresh_E, ages_E - n_fresh),
-    }
+    counted = Counted(
+        users=len(sequences.starts) - 1,
+        events=len(events),
+        popularity_V=popularity(np.ones(len(events), bool), ages_E),
+        popularity_before_V=popularity(~fresh_E, ages_E - n_fresh),
+    )
     compact = Sequences(sequences.features.compact(), sequences.starts)
     shard = Shard(sequences=compact, fresh_E=fresh_E, judged_E=fresh_E & events["unseen"])
-    return summary, shard
-
-
-def _hash(user_id: str) -> int:
-    """Unsigned, 64 bits: which user of a shard, and which shard."""
-    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "big")
+    return counted, shard

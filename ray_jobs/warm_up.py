@@ -29,7 +29,6 @@ from services.core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-PORTION_EVENTS = 1_000_000  # of the log, held at a time
 TRENDING_EVENTS = 20 * TRENDING_HALF_LIFE_EVENTS  # whatever came before counts 2^-20
 LABELS_AHEAD = 2  # batches that the teacher has been asked about and the student not reached
 RISE_STEPS = 50  # over which the learning rate comes up
@@ -44,7 +43,7 @@ def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
     state = remembering(
         (
             Received.of_log(events.read(since=part.since, until=part.until, columns=COLUMNS))
-            for part in events.portions(until=end, records=PORTION_EVENTS)
+            for part in events.portions(until=end)
         ),
         items.read(until=items_until),
         recipe=recipe,

@@ -26,6 +26,7 @@ from services.core.forgetting import Tombstone, Tombstones, forgotten_rows
 from services.core.spans import Span, SpanFiles, settle
 
 EPOCH_SPAN: Final = 10**12  # offsets one incarnation of a topic may use
+PORTION_RECORDS: Final = 1_000_000  # held at a time by who reads a long log: some 300 MB
 
 _TIME = pa.timestamp("us", tz="UTC")
 _WHERE = [("arrival", _TIME), ("partition", pa.int32()), ("offset", pa.int64())]
@@ -176,26 +177,33 @@ class EventLog:
             at[span.partition] = max(first, span.last + 1)
         return total
 
-    def portions(self, *, until: Mapping[int, int], records: int) -> list[Portion]:
+    def portions(
+        self, *, until: Mapping[int, int], records: int = PORTION_RECORDS
+    ) -> list[Portion]:
         """The log up to `until` (a partition missing from it: to its end), cut between files into
         portions of at most `records` offsets, or of one file."""
         until = {**self.end(), **until}
-        portions: list[Portion] = []
-        size, begin, end, at = 0, dict[int, int](), dict[int, int](), dict[int, int]()
-        for span in self._files.spans():
+        cuts: list[list[Span]] = []
+        size, at = 0, dict[int, int]()
+        for span in self._files.spans():  # by partition and first offset, overlaps possible
             first = max(at.get(span.partition, 0), span.first)
-            last = min(span.last + 1, until[span.partition])
-            if first >= last:
+            last = min(span.last, until[span.partition] - 1)
+            if first > last:
                 continue
-            if size and size + last - first > records:
-                portions.append(Portion(since={**until, **begin}, until={**until, **end}))
-                size, begin, end = 0, {}, {}
-            size += last - first
-            begin.setdefault(span.partition, first)
-            end[span.partition] = at[span.partition] = last
-        if size:
-            portions.append(Portion(since={**until, **begin}, until={**until, **end}))
-        return portions
+            size += last - first + 1
+            if not cuts or size > records:
+                cuts.append([])
+                size = last - first + 1
+            cuts[-1].append(Span(partition=span.partition, first=first, last=last))
+            at[span.partition] = last + 1
+        return [
+            Portion(
+                # Of a partition that has no file in the cut, nothing.
+                since=until | {span.partition: span.first for span in reversed(cut)},
+                until=until | {span.partition: span.last + 1 for span in cut},
+            )
+            for cut in cuts
+        ]
 
     def read(
         self,

@@ -128,7 +128,7 @@ def test_popularity_is_what_a_catalog_observes(settings: Settings) -> None:
 
 def test_shards_are_the_same_however_the_log_is_cut(settings: Settings) -> None:
     log = EventLog(settings.offline)
-    whole, cut = read(settings), read(settings, portion_events=150)
+    whole, cut = read(settings), read(settings, portion_records=150)
     assert len(log.portions(until=log.end(), records=150)) > 3
     np.testing.assert_allclose(whole.popularity, cut.popularity)
     for one, other in zip(shards_of(whole), shards_of(cut), strict=True):
@@ -140,7 +140,7 @@ def test_shards_are_the_same_however_the_log_is_cut(settings: Settings) -> None:
     again = log.read(since={0: 90, 1: 300}, until={0: 100, 1: 300})  # a producer's retry
     offsets = pa.array(np.arange(300, 310), pa.int64())
     log.append(again.set_column(again.schema.get_field_index("offset"), "offset", offsets))
-    assert read(settings, portion_events=150).n_events == whole.n_events
+    assert read(settings, portion_records=150).n_events == whole.n_events
 
 
 def test_what_the_parent_learned_is_not_judged(settings: Settings) -> None:
