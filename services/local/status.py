@@ -9,8 +9,16 @@ from services.core.settings import Settings
 
 TIMEOUT_S = 5.0
 NOT_SHOWN = (
-    *("at_ms", "teacher_created_ms", "student_created_ms", "processes", "restarts", "endpoints"),
-    *("metrics", "quality", "loss", "recent"),  # of the metrics, the stream's are shown below
+    "at_ms",
+    "teacher_created_ms",
+    "student_created_ms",
+    "processes",
+    "restarts",
+    "endpoints",
+    "metrics",  # of which the stream's are shown below
+    "quality",
+    "loss",
+    "recent",
 )
 
 
