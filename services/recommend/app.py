@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
+from starlette.types import Receive, Scope, Send
 
 from services.core.errors import AccessError, ForbiddenError, InvalidEventError, UnavailableError
 from services.core.paths import allow_anything, id_after
@@ -45,16 +46,27 @@ USER_ERRORS: Final = {**ERRORS, 503: {"model": Problems, "description": "Redis d
 
 
 class DirectRoute(APIRoute):
-    """Documented by FastAPI, called without it.
-
-    Its handling of parameters and responses costs 40 us of an answer's 60 us of HTTP.
-    """
+    """Documented by FastAPI, called without its handling of parameters and responses."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         return self.endpoint
 
 
-def create_app(settings: Settings) -> FastAPI:
+class Application(FastAPI):
+    """FastAPI, but for answers: they go by none of its middleware and routing, which cost 57 us
+    a request; this way costs 17."""
+
+    answer: Callable[[Request], Awaitable[Response]]  # `POST PATH`, raising nothing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+            response = await self.answer(Request(scope, receive))
+            await response(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings) -> Application:
     """The application; connects to Redis, Kafka and the registry when it starts, not before."""
     recommender = Recommender(settings)
     keys = settings.keys
@@ -68,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await recommender.stop()
 
-    app = FastAPI(
+    app = Application(
         title="Reflux: recommendations",
         description="Answers from a student that never stops learning.",
         lifespan=lifespan,
@@ -84,7 +96,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     async def recommend(http: Request) -> Response:
         began_s = time.perf_counter()
-        request = await validated(http, RecommendRequest)
+        try:
+            request = await validated(http, RecommendRequest)
+        except AccessError as error:
+            return await refused(http, error)
         return request if isinstance(request, Response) else await answer(request, began_s)
 
     @router.post(
@@ -191,6 +206,9 @@ def create_app(settings: Settings) -> FastAPI:
         return response
 
     app.include_router(router)
+    # First, since Serve looks through them for the name of each request's route.
+    app.router.routes.insert(0, app.router.routes.pop())
+    app.answer = recommend
     return app
 
 

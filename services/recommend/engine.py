@@ -40,7 +40,6 @@ class Model:
     student: ServingStudent
     catalog: Items
     nearest: Nearest | None = None  # how a big catalog is searched; None: every item is scored
-    clustered_in_vain: int = 0  # versions since clusters were found not to help; 0: they were not
 
     def __post_init__(self) -> None:
         if self.student.n_rows != len(self.catalog):
@@ -94,13 +93,17 @@ def _features(
     """
     rows = np.concatenate([stored, recent])
     known = np.flatnonzero(rows)[-model.student.max_events :]
-    # Only these few of perhaps hundreds become Python's objects.
-    at = known[known < len(stored)].tolist()
+    at = known[known < len(stored)]
     just_now = len(known) - len(at)
     past = history or _NOBODY
-    types = [past.event_types[i] for i in at]
-    stamps_ms = [past.timestamps_ms[i] for i in at]
-    values = [past.values[i] for i in at]
+    # Only these few of perhaps hundreds become Python's objects.
+    few = slice(at[0], at[-1] + 1) if len(at) else slice(0)
+    types, values = list(past.event_types[few]), list(past.values[few])
+    stamps_ms = list(past.timestamps_ms[few])
+    if len(types) > len(at):  # items between them that this model doesn't know
+        within = (at - at[0]).tolist()
+        types, values = [types[i] for i in within], [values[i] for i in within]
+        stamps_ms = [stamps_ms[i] for i in within]
     return features_of(
         rows[known],
         types + [EventType.VIEW.value] * just_now,
@@ -126,17 +129,18 @@ def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[st
 def _nearest(
     model: Model, h_D: Floats, n: int, excluded: Rows, among: Rows | None
 ) -> tuple[list[int], list[float]]:
-    """The n best for a user's state: by clusters where there are any and many items pass."""
+    """The n best for a user's state: of a big catalog, among the candidates of a coarse look."""
     student, nearest = model.student, model.nearest
-    if nearest is not None and among is not None and len(among) < NARROW * student.n_rows:
-        scores = student.table_VD[among] @ h_D + student.bias_V[among]
-        scores[np.isin(among, excluded)] = -np.inf
-        at, best = _best(scores, n)
-        return among[at].tolist(), best
     if nearest is not None:
-        rows, best = nearest.best(h_D, n, excluded=excluded, among=among)
-        if len(rows) == n:
-            return rows, best
+        if narrow := among is not None and len(among) < NARROW * student.n_rows:
+            rows = among
+        else:
+            rows = nearest.candidates(h_D, excluded=excluded, among=among)
+        scores = student.table_VD[rows] @ h_D + student.bias_V[rows]
+        scores[np.isin(rows, excluded)] = -np.inf
+        at, best = _best(scores, n)
+        if narrow or len(at) == n:
+            return rows[at].tolist(), best
     return _best_of(student.scores(h_D), n, excluded, among)
 
 

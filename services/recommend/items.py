@@ -9,7 +9,8 @@ Shapes: V rows (row 0 is no item).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from functools import cached_property
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,19 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 
 COLUMNS: Final = ["row", "item_id", "title", "categories", "popularity"]
+COLD_BELOW: Final = 5.0  # interactions, each halved over `TRENDING_HALF_LIFE_EVENTS`
+POPULAR_SHARE: Final = 0.1  # of the catalog
+COLD, TAIL, POPULAR = range(3)
+_MOST_CARDS: Final = 50_000
 _NOTHING: Final[Rows] = np.zeros(0, np.int64)
+
+
+class Card(NamedTuple):
+    """What an answer tells of an item."""
+
+    item_id: str
+    title: str | None
+    categories: list[str] | None
 
 
 @dataclass(eq=False)
@@ -58,6 +71,7 @@ class Items:
     _titles: pa.Array  # from row 1 on, like all columns
     _categories: pa.Array
     _rows_of_category: dict[str, Rows]  # by case-folded name
+    _cards: dict[int, Card]  # by row, of items that were in an answer
 
     @classmethod
     def of(cls, table: pa.Table, previous: "Self | None" = None) -> Self:
@@ -67,14 +81,22 @@ class Items:
         )
         if not np.array_equal(table["row"].to_numpy(), np.arange(1, 1 + len(ids))):
             raise ValueError("catalog table: rows must be 1..n in order")
+        index = _Index.of(ids, previous._index if previous else None)
+        same = (
+            previous is not None
+            and index is previous._index
+            and _alike(titles, previous._titles)
+            and _alike(categories, previous._categories)
+        )
         popularity = np.full(1 + len(ids), -np.inf, np.float32)
         popularity[1:] = table["popularity"].to_numpy()
         return cls(
             popularity=popularity,
-            _index=_Index.of(ids, previous._index if previous else None),
+            _index=index,
             _titles=titles,
             _categories=categories,
             _rows_of_category=_rows_of_category(categories, previous),
+            _cards=previous._cards if previous and same else {},
         )
 
     def __len__(self) -> int:
@@ -99,9 +121,39 @@ class Items:
     def categories(self, rows: Sequence[int] | Rows) -> list[list[str] | None]:
         return _taken(self._categories, rows)
 
+    def cards(self, rows: Sequence[int]) -> list[Card]:
+        """What answers tell of these items, row 0 not among them.
+
+        Kept, since few items are in most answers: ten cost 2 us, and 60 from Arrow's columns.
+        """
+        found = [self._cards.get(row) for row in rows]
+        if missing := [row for row, card in zip(rows, found, strict=True) if card is None]:
+            columns = (self.ids(missing), self.titles(missing), self.categories(missing))
+            made = dict(zip(missing, map(Card, *columns), strict=True))
+            if len(self._cards) + len(made) > _MOST_CARDS:
+                self._cards.clear()
+            self._cards.update(made)
+            return [card or made[row] for row, card in zip(rows, found, strict=True)]
+        return [card for card in found if card]
+
+    @cached_property
+    def kinds(self) -> NDArray[np.int8]:
+        """Per row (V,): cold, in the tail, or among the most popular tenth."""
+        kinds_V = np.where(self.popularity < COLD_BELOW, COLD, TAIL).astype(np.int8)
+        if n_popular := int(POPULAR_SHARE * (len(self) - 1)):
+            top = np.argpartition(self.popularity, -n_popular)[-n_popular:]
+            kinds_V[top[kinds_V[top] != COLD]] = POPULAR
+        return kinds_V
+
     def in_category(self, name: str) -> Rows | None:
         """The rows of a category, whatever its case; None: no item has it."""
         return self._rows_of_category.get(name.casefold())
+
+
+def _alike(one: pa.Array, other: pa.Array) -> bool:
+    """Whether the longer one begins with the shorter."""
+    n_both = min(len(one), len(other))
+    return bool(one[:n_both].equals(other[:n_both]))
 
 
 def _taken(column: pa.Array, rows: Sequence[int] | Rows) -> list[Any]:

@@ -21,7 +21,6 @@ from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
 EXACT_ITEMS: Final = 100_000
-CLUSTER_AGAIN: Final = 100  # versions after clusters have not helped: it takes seconds to find out
 CATALOG: Final = "catalog.parquet"
 RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
 
@@ -120,21 +119,14 @@ def load(
     table = pq.read_table(directory / CATALOG, columns=COLUMNS, use_threads=False)
     student = Student.load_for_serving(directory, share=share)
     items = Items.of(table, previous.catalog if previous else None)
-    nearest, in_vain = None, 0
-    if len(items) > exact_items:
-        tried = previous.clustered_in_vain if previous else 0
-        if tried % CLUSTER_AGAIN == 0:
-            known = previous.nearest if previous else None
-            nearest = Nearest.build(student, items.popularity, known)
-        in_vain = 0 if nearest else tried + 1
+    big = len(items) > exact_items
     return Model(
         version=manifest["version"],
         teacher_version=manifest.get("teacher_version"),
         arrivals_ms=tuple((manifest.get("arrivals_ms") or {}).values()),
         student=student,
         catalog=items,
-        nearest=nearest,
-        clustered_in_vain=in_vain,
+        nearest=Nearest.build(student, items.popularity) if big else None,
     )
 
 
@@ -142,5 +134,6 @@ def warm_up(model: Model) -> None:
     """A first answer, at nobody's cost; ValueError for a model that can't give one."""
     known = model.catalog.ids([1]) if len(model.catalog) > 1 else []
     request = RecommendRequest(recent_items=known, include_seen=True)
+    _ = model.catalog.kinds  # counted once, here, not under the first answer
     if known and not rank(model, request, None, now_ms=0).rows:
         raise ValueError(f"student {model.version} scores no item with a finite number")

@@ -22,7 +22,7 @@ from services.core.settings import Settings
 from services.recommend.engine import Model, Ranking, rank
 from services.recommend.histories import Histories
 from services.recommend.impressions import Impressions, Shown
-from services.recommend.items import Items
+from services.recommend.items import Card, Items
 from services.recommend.live import LiveModel
 from services.recommend.schema import BatchRequest, RecommendRequest
 from services.recommend.shown import ShownItems
@@ -81,7 +81,7 @@ class Recommender:
             await asyncio.to_thread(self._impressions.stop)
         self._batches.shutdown(wait=False, cancel_futures=True)
         if self._histories:
-            self._histories.close()
+            await self._histories.close()
         if self._metrics:
             await asyncio.to_thread(self._metrics.stop)
 
@@ -110,16 +110,16 @@ class Recommender:
         ranked_s = time.perf_counter()
 
         request_id = uuid.uuid4().hex
-        item_ids = model.catalog.ids(ranking.rows)
-        self._shown.add(model, ranking.rows)
+        cards = model.catalog.cards(ranking.rows)
+        self._shown.add(model.catalog, ranking.rows)
         age_s = _age_s(history, now_ms)
         if age_s is not None:
             self.telemetry.features_age_seconds.observe(age_s)
-        if request.user_id and item_ids and self._settings.impressions:
+        if request.user_id and cards and self._settings.impressions:
             shown = Shown(
                 request_id=request_id,
                 user_id=request.user_id,
-                item_ids=item_ids,
+                item_ids=[card.item_id for card in cards],
                 model_version=model.version,
                 fallback=ranking.fallback,
                 now_ms=now_ms,
@@ -142,13 +142,13 @@ class Recommender:
                     "degraded": reason is not None,
                 },
             )
-        self.telemetry.stage_seconds.labels("features").observe(read_s - began_s)
-        self.telemetry.stage_seconds.labels("rank").observe(ranked_s - read_s)
+        self.telemetry.features_seconds.observe(read_s - began_s)
+        self.telemetry.rank_seconds.observe(ranked_s - read_s)
         return {
             "request_id": request_id,
             "user_id": request.user_id,
             "features_age_s": age_s,
-            **_content(model, ranking, item_ids, reason),
+            **_content(model, ranking, cards, reason),
         }
 
     async def user(self, user_id: str, *, n: int) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class Recommender:
                         "request_id": uuid.uuid4().hex,
                         "user_id": user_id,
                         "features_age_s": _age_s(history, now_ms),
-                        **_content(model, ranking, model.catalog.ids(ranking.rows), reason),
+                        **_content(model, ranking, model.catalog.cards(ranking.rows), reason),
                     }
                 )
                 time.sleep(0)  # whoever waits for the interpreter goes first
@@ -249,11 +249,19 @@ def _degraded(error: UnavailableError) -> str:
 
 
 def _content(
-    model: Model, ranking: Ranking, item_ids: list[str], reason: str | None
+    model: Model, ranking: Ranking, cards: list[Card], reason: str | None
 ) -> dict[str, Any]:
     """What of an answer depends on neither the request nor the user."""
     return {
-        "items": _items(model, ranking, item_ids),
+        "items": [
+            {
+                "item_id": card.item_id,
+                "score": score,
+                "title": card.title,
+                "categories": card.categories,
+            }
+            for card, score in zip(cards, ranking.scores, strict=True)
+        ],
         "model_version": model.version,
         "teacher_version": model.teacher_version,
         "fallback": ranking.fallback,
@@ -261,16 +269,3 @@ def _content(
         "reason": reason,
         "ignored": ranking.ignored,
     }
-
-
-def _items(model: Model, ranking: Ranking, item_ids: list[str]) -> list[dict[str, Any]]:
-    columns = (
-        item_ids,
-        ranking.scores,
-        model.catalog.titles(ranking.rows),
-        model.catalog.categories(ranking.rows),
-    )
-    return [
-        {"item_id": item_id, "score": score, "title": title, "categories": categories}
-        for item_id, score, title, categories in zip(*columns, strict=True)
-    ]

@@ -60,6 +60,8 @@ class Telemetry:
             buckets=_ANSWER_S,
             registry=own,
         )
+        self.features_seconds = self.stage_seconds.labels("features")
+        self.rank_seconds = self.stage_seconds.labels("rank")
         self.features_age_seconds = Histogram(
             "reflux_answer_features_age_seconds",
             "Age of the features in an answer",

@@ -1,5 +1,6 @@
 """The door to Feast against a real Redis."""
 
+import asyncio
 import math
 import time
 from dataclasses import replace
@@ -60,7 +61,15 @@ def test_our_read_of_a_user_equals_feasts_own(settings: Settings) -> None:
     ]
     assert repr(store.read_users(user_ids)) == repr(expected)  # NaN is not equal to itself
     assert repr([store.read_users([user_id])[0] for user_id in user_ids]) == repr(expected)
-    for peeked, row in zip(store.peek_users(user_ids), expected, strict=True):
+
+    async def awaited() -> list[UserHistory]:
+        try:
+            return [await store.await_user(user_id) for user_id in user_ids]
+        finally:
+            await store.stop_waiting()
+
+    peeks = (*store.peek_users(user_ids), *asyncio.run(awaited()))
+    for peeked, row in zip(peeks, 2 * expected, strict=True):
         columns = ("item_ids", "event_types", "timestamps_ms", "values", "event_keys")
         same: dict[str, Any] = {name: tuple(getattr(peeked, name)) for name in columns}
         assert repr(replace(peeked, **same)) == repr(row)

@@ -121,8 +121,8 @@ def test_what_answers_are_made_of_is_counted(model: Model) -> None:
     shown = ShownItems(telemetry, now_s=lambda: clock_s)
     made = catalog()
     made.observe(made.rows([item(i) for i in [*range(30), *range(6)] * 20]))
-    known = replace(model, version=2, catalog=Items.of(made.to_table()))
-    cold, tail, popular = known.catalog.rows([item(50), item(20), item(0)]).tolist()
+    known = Items.of(made.to_table())
+    cold, tail, popular = known.rows([item(50), item(20), item(0)]).tolist()
     shown.add(known, [cold, tail, tail, popular])
     counts = [telemetry.places.labels(name)._value.get() for name in NAMES]
     assert counts == [1, 2, 1]

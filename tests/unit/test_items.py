@@ -34,6 +34,7 @@ def described(items: Items, made: Catalog) -> tuple[object, ...]:
         items.ids(rows),
         items.titles(rows),
         items.categories(rows),
+        items.cards(rows),
         items.popularity[1:].tolist(),
         [None if found is None else found.tolist() for found in by_name],
         items.rows([*made.ids(rows), "unheard-of"]).tolist(),
@@ -47,6 +48,9 @@ def test_takes_over_what_is_the_same_and_nothing_else() -> None:
     items = None
     for made in (catalog(), longer, catalog(), other, longer, Catalog()):
         items = Items.of(made.to_table(), items)
+        columns = (items.ids, items.titles, items.categories)
+        cells = (column(range(1, len(made))) for column in columns)
+        assert items.cards(range(1, len(made))) == list(zip(*cells, strict=True))
         assert described(items, made) == described(Items.of(made.to_table()), made)
         assert items.ids(items.rows(made.ids(range(1, len(made))))) == made.ids(range(1, len(made)))
 

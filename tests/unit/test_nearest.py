@@ -65,7 +65,7 @@ def recall(model: Model, exact: Model, **request: object) -> float:
 
 
 def test_finds_what_exact_search_finds(model: Model, exact: Model) -> None:
-    assert model.nearest is not None and model.nearest.n_probes < len(model.catalog) ** 0.5 / 3
+    assert model.nearest is not None and model.nearest.n_candidates < N / 20
     assert recall(model, exact) >= RECALL - 0.01  # other sessions than it was measured on
     assert recall(model, exact, categories=["Drama", "horror"]) >= RECALL - 0.01
     found = rank(model, RecommendRequest(recent_items=[item(1)]), None, now_ms=0)
@@ -79,7 +79,8 @@ def test_filters_are_kept_inside_the_search(model: Model) -> None:
         best = ask(model, recent, n=100)
         assert len(best) == 100 and not set(best) & set(recent)
         rest = ask(model, recent, n=100, exclude=best[::2])
-        assert len(rest) == 100 and rest[:50] == best[1::2]
+        assert len(rest) == 100 and not set(rest) & {*best[::2], *recent}
+        assert len(set(rest) & set(best[1::2])) >= 48
         drama = ask(model, recent, n=100, categories=["Drama"], exclude=best)
         assert len(drama) == 100 and not set(drama) & {*best, *recent}
         assert all(int(i.removeprefix("item-")) % len(CATEGORIES) == 1 for i in drama)
@@ -100,7 +101,7 @@ def test_a_narrow_category_is_answered_exactly(exact: Model) -> None:
         assert set(answer) == rare - {item(41), *request.get("exclude", [])}
 
 
-def test_the_next_version_keeps_the_clusters_and_finds_what_is_new(model: Model) -> None:
+def test_the_next_version_finds_what_is_new(model: Model) -> None:
     grown = Items.of(catalog(n_items=N + 500).to_table(), model.catalog)
     learned = student(N + 500, seed=1)
     before = replace(model, student=learned, catalog=grown, nearest=None)
@@ -108,16 +109,20 @@ def test_the_next_version_keeps_the_clusters_and_finds_what_is_new(model: Model)
     newest = len(grown) - 1  # much like the best so far, and better
     learned.table_VD[newest] = learned.table_VD[best]
     learned.bias_V[newest] = learned.bias_V[best] + 0.1
-    following = Nearest.build(learned, grown.popularity, model.nearest)
-    assert following is not None and following.recall >= RECALL and model.nearest is not None
-    np.testing.assert_array_equal(following.cluster_of[:N], model.nearest.cluster_of)
+    following = Nearest.build(learned, grown.popularity)
+    assert following is not None and following.recall >= RECALL
     newer = replace(before, nearest=following)
     assert ask(newer, [item(1)], n=1) == grown.ids([newest])
     assert recall(newer, before) >= RECALL - 0.01
 
 
-def test_items_that_form_no_clusters_are_all_scored(exact: Model) -> None:
-    random = np.random.default_rng(0)
-    apart = student(2_000)
-    apart.table_VD[1:] = random.standard_normal(apart.table_VD[1:].shape)
-    assert Nearest.build(apart, exact.catalog.popularity[:2_001]) is None
+def test_items_that_are_like_no_others_are_found_too(exact: Model) -> None:
+    apart = student()
+    apart.table_VD[1:] = np.random.default_rng(0).standard_normal(apart.table_VD[1:].shape)
+    scanned = replace(exact, student=apart)
+    nearest = Nearest.build(apart, exact.catalog.popularity)
+    assert recall(replace(scanned, nearest=nearest), scanned) >= RECALL - 0.01
+
+
+def test_few_items_are_all_scored(exact: Model) -> None:
+    assert Nearest.build(student(1_000), exact.catalog.popularity[:1_001]) is None

@@ -7,6 +7,7 @@ L events.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,13 +23,15 @@ N_TYPES: Final = 16  # 0: padding; one code per event type; a rating's depends o
 COMPACT: Final = (np.int32, np.int8, np.int8)
 
 _CODE_OF: Final = {
-    EventType.VIEW: 1,
-    EventType.CLICK: 2,
-    EventType.CART: 3,
-    EventType.PURCHASE: 4,
-    EventType.LIKE: 5,
-    EventType.RATING: 6,  # a rating without a value; with one, 7..11 for 1..5
+    EventType.VIEW.value: 1,
+    EventType.CLICK.value: 2,
+    EventType.CART.value: 3,
+    EventType.PURCHASE.value: 4,
+    EventType.LIKE.value: 5,
+    EventType.RATING.value: 6,  # a rating without a value; with one, 7..11 for 1..5
 }
+_FIRST: Final = slice(1)
+_RATING: Final = _CODE_OF[EventType.RATING.value]
 
 
 class Features(NamedTuple):
@@ -80,9 +83,7 @@ def features_of(
     rows: Ints, types: Sequence[str], timestamps_ms: Ints, values: NDArray[np.float64] | None = None
 ) -> Features:
     """One user's history (oldest first) as model input; `values` holds NaN where there is none."""
-    first = np.zeros(len(rows), bool)
-    first[:1] = True
-    return Features(rows, type_codes(types, values), gap_codes(timestamps_ms, first))
+    return Features(rows, type_codes(types, values), gap_codes(timestamps_ms, _FIRST))
 
 
 def sequences_of(
@@ -109,18 +110,25 @@ def grouped(users: NDArray[Any], rows: Ints, codes: Ints, timestamps_ms: Ints) -
 
 def type_codes(types: Sequence[str], values: NDArray[np.float64] | None = None) -> Ints:
     """Event types as 1..N_TYPES-1; a rating's value is rounded into 1..5 and told apart."""
-    codes = np.asarray([_CODE_OF.get(name, 0) for name in types], np.int64)  # type: ignore[call-overload]
+    codes = np.fromiter(map(_CODE_OF.get, types, repeat(0)), np.int64, len(types))
     if values is not None:
-        valued = (codes == _CODE_OF[EventType.RATING]) & ~np.isnan(values)
-        codes[valued] += np.clip(np.rint(values[valued]), 1, 5).astype(np.int64)
+        stars = np.minimum(np.maximum(np.rint(values), 1), 5)  # NaN stays NaN
+        valued = (codes == _RATING) & (stars == stars)
+        codes[valued] += stars[valued].astype(np.int64)
     return codes
 
 
-def gap_codes(timestamps_ms: Ints, first: NDArray[np.bool_]) -> Ints:
+def gap_codes(timestamps_ms: Ints, first: NDArray[np.bool_] | slice) -> Ints:
     """Time since the event before, in doubling buckets of seconds; 0 where `first`."""
-    gaps_s = np.diff(timestamps_ms, prepend=timestamps_ms[:1]) / 1000
-    codes = 1 + np.ceil(np.log2(1 + np.maximum(gaps_s, 0))).astype(np.int64)
-    return np.where(first, 0, np.minimum(codes, N_GAPS - 1))
+    gaps_s = np.zeros(len(timestamps_ms))
+    np.subtract(timestamps_ms[1:], timestamps_ms[:-1], out=gaps_s[1:])
+    np.maximum(gaps_s, 0, out=gaps_s)
+    gaps_s /= 1000
+    codes = np.ceil(np.log2(1 + gaps_s)).astype(np.int64)
+    codes += 1
+    np.minimum(codes, N_GAPS - 1, out=codes)
+    codes[first] = 0
+    return codes
 
 
 class Layout:

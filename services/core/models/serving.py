@@ -26,6 +26,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _EPS: Final = np.float32(1e-5)  # of PyTorch's LayerNorm
+_ONE: Final = np.float32(1)
+_ROOT_HALF: Final = np.float32(0.5**0.5)
 _BLOCK: Final = (
     *("norm_attention.weight", "norm_attention.bias", "qkv.weight", "out.weight"),
     *("norm_mlp.weight", "norm_mlp.bias", "up.weight", "up.bias", "down.weight", "down.bias"),
@@ -200,7 +202,7 @@ class _ServingBlock:
             key_value=_Linear.after(attention, torch.cat((k, k[swapped], v)), None),
             out=_own(block["out.weight"].T),
             up=_Linear.after(mlp, block["up.weight"], block["up.bias"]),
-            down=_Linear(_own(block["down.weight"].T), _own(block["down.bias"])),
+            down=_Linear(_own(block["down.weight"].T / 2), _own(block["down.bias"])),
         )
 
     def __call__(self, x_LD: Floats) -> Floats:
@@ -228,7 +230,8 @@ class _ServingBlock:
         x_QD = np.add(x_QD, a_QD @ self.out)
 
         u_QU = self.up(_normed(x_QD))
-        gelu = np.float32(0.5) * (1 + erf(u_QU * np.float32(0.5**0.5)))
+        gelu = erf(u_QU * _ROOT_HALF)  # the half of GELU is in `down`
+        gelu += _ONE
         u_QU *= gelu
         x_QD += self.down(u_QU)
         return x_QD
