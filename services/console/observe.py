@@ -33,6 +33,7 @@ class Snapshot:
     feature_freshness_p50_ms: float | None = None
     feature_freshness_p99_ms: float | None = None
     weight_freshness_p50_s: float | None = None
+    weight_freshness_p99_s: float | None = None
     answers: int | None = None
     answers_degraded: int | None = None
     answer_p50_ms: float | None = None
@@ -110,6 +111,7 @@ class Observer:
             answer_p50_ms=milliseconds("reflux_answer_seconds", 0.5),
             answer_p99_ms=milliseconds("reflux_answer_seconds", 0.99),
             weight_freshness_p50_s=seconds("reflux_weight_freshness_seconds", 0.5),
+            weight_freshness_p99_s=seconds("reflux_weight_freshness_seconds", 0.99),
             item_coverage=scrape.highest(samples, "reflux_answer_item_coverage"),
             loss=scrape.by_label(samples, "reflux_student_loss", "term"),
             teacher_trust=scrape.highest(samples, "reflux_teacher_trust"),

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from services.core.errors import UnavailableError
@@ -23,6 +23,14 @@ class Asked:
     degraded: int
     p50_ms: float | None
     p99_ms: float | None
+
+
+def p50_and_p99(times: Collection[float]) -> tuple[float | None, float | None]:
+    """None where there are none. Pure."""
+    ordered = sorted(times)
+    if not ordered:
+        return None, None
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
 
 
 class Asker(threading.Thread):
@@ -45,13 +53,13 @@ class Asker(threading.Thread):
         self._stopping.set()
 
     def seen(self) -> Asked:
-        ordered = sorted(self._latencies_ms)
+        p50_ms, p99_ms = p50_and_p99(self._latencies_ms)
         return Asked(
             answers=self._answers,
             failures=self._failures,
             degraded=self._degraded,
-            p50_ms=ordered[len(ordered) // 2] if ordered else None,
-            p99_ms=ordered[len(ordered) * 99 // 100] if ordered else None,
+            p50_ms=p50_ms,
+            p99_ms=p99_ms,
         )
 
     def _ask(self, user: str) -> None:

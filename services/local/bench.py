@@ -98,6 +98,9 @@ def serve(
     ] = None,
     dataset: Annotated[str, typer.Option(help="whose users ask: ml-1m or ml-100k")] = "ml-1m",
     seconds: Annotated[float, typer.Option(help="of each measurement", min=1.0)] = 8.0,
+    open_seconds: Annotated[
+        float | None, typer.Option(help="of those at a fixed rate, if not as long", min=1.0)
+    ] = None,
     swap_every: Annotated[
         float, typer.Option(help="also measure while a version is published as often, in s; 0: no")
     ] = 2.0,
@@ -111,6 +114,7 @@ def serve(
     it can (closed loop), then half of that at a fixed rate (open loop), then the same with swaps.
     """
     from ray_jobs import datasets
+    from ray_jobs.evaluate.events import LogChoice
     from services.core.errors import RefluxError
     from services.core.settings import Settings
     from services.local.serving_bench.report import render
@@ -125,7 +129,10 @@ def serve(
             raise RefluxError("--subject litserve: `pip install litserve` first")
         names.remove("litserve")
     given = Settings.load()
-    log = datasets.load(dataset, home=given.home, data=given.data)
+    choice = LogChoice(
+        dataset=dataset, home=given.home, data=given.data, ties="file", noise="", seed=given.seed
+    )
+    log = datasets.load(dataset, home=choice.home, data=choice.data)
     sizes = sorted(set(items or [10_000]))
     if sizes[0] < log.items.num_rows:
         raise RefluxError(f"--items {sizes[0]}: {dataset} alone has {log.items.num_rows}")
@@ -137,10 +144,13 @@ def serve(
             names=names,
             items=sizes,
             seconds=seconds,
+            open_s=open_seconds or seconds,
             swap_every_s=swap_every,
             ingest_per_s=ingest,
         )
-        bench = Bench(settings, wanted, log, report=lambda message: print(message, file=sys.stderr))
+        bench = Bench(
+            settings, wanted, choice, report=lambda message: print(message, file=sys.stderr)
+        )
         rows = []
         try:
             ceiling = bench.ceiling()
@@ -151,6 +161,32 @@ def serve(
                 render(rows, ceiling)
     if any(row.failed for row in rows):
         sys.exit(1)
+
+
+@app.command()
+def freshness(
+    dataset: Annotated[str, typer.Option(help="ml-1m, ml-100k or a file")] = "ml-1m",
+    rate: Annotated[float, typer.Option(help="live events per second", min=1.0)] = 100.0,
+    seconds: Annotated[float, typer.Option(help="of live events", min=10.0)] = 180.0,
+    probe_every: Annotated[float, typer.Option(help="seconds between probes", min=0.05)] = 0.25,
+) -> None:
+    """How soon an event shows in the next answer, and in the weights of the student that answers.
+
+    The whole loop, as `reflux demo` runs it; a probe posts an event and asks until an answer knows.
+    """
+    from services.local.demo import Demo
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    given = {"RECIPE": "tiny_cpu", "CHECKPOINT_EVERY_S": "30", "PUBLISH_EVERY_S": "5"}
+    settings = _of_its_own("freshness", seed=0, **given)
+    Demo(
+        settings,
+        dataset=dataset,
+        rate=rate,
+        max_events=None,
+        limit_s=seconds,
+        probe_every_s=probe_every,
+    ).run()
 
 
 @app.command()

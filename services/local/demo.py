@@ -39,6 +39,7 @@ from services.local.asker import Asker
 from services.local.client import Client
 from services.local.jobs import Jobs
 from services.local.learning import LearningJobs
+from services.local.prober import Prober
 from services.local.replay import event_lines, paced, produce_history, send_batch, send_items
 from services.local.stack import Stack
 
@@ -60,8 +61,11 @@ class Demo:
         rate: float,
         max_events: int | None,
         limit_s: float | None,
+        probe_every_s: float = 0.0,
     ) -> None:
+        """`probe_every_s`: also see how soon an event shows in an answer, as often; 0: no."""
         self._data_home = settings.home
+        self._probe_every_s = probe_every_s
         self._settings = settings.model_copy(update={"home": settings.home.absolute() / "demo"})
         self._dataset = dataset
         self._rate = rate
@@ -186,7 +190,10 @@ class Demo:
         asker = Asker(self._settings, producer.recent_user)
         observer = Observer(self._settings)
         observer.mark()  # the import of history was no live traffic
-        threads: list[_Producer | _Repeat | Asker] = [producer, supervising, asker]
+        threads: list[_Producer | _Repeat | Asker | Prober] = [producer, supervising, asker]
+        if self._probe_every_s:
+            prober = Prober(self._settings, every_s=self._probe_every_s)
+            threads.append(prober)
         for thread in threads:
             thread.start()
         try:
@@ -203,6 +210,8 @@ class Demo:
                 thread.stop()
                 thread.join(timeout=10.0)
             self._observe(observer, producer, asker, total=last - first)
+        if self._probe_every_s:
+            self._record.probed = prober.seen()
         if producer.error:
             raise producer.error
 

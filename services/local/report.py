@@ -10,6 +10,7 @@ from rich.table import Table
 
 from services.console.observe import Snapshot
 from services.local.asker import Asked
+from services.local.prober import Probed
 
 # Metric prefix in the manifests -> the name people read.
 ROWS = {
@@ -30,6 +31,7 @@ class Record:
     first_answer_s: float | None = None
     newest: Snapshot | None = None
     asked: Asked | None = None
+    probed: Probed | None = None
     sent: int = 0
     total: int = 0
     sent_per_s: float = 0.0
@@ -140,12 +142,15 @@ def summarize(console: Console, record: Record, *, home: Path) -> None:
         ("student versions seen published", _n(len(record.gates))),
         ("student versions seen serving", _n(len(record.served))),
         ("feature freshness", _ms(now.feature_freshness_p50_ms, now.feature_freshness_p99_ms)),
-        ("weight freshness", _s(now.weight_freshness_p50_s)),
+        ("weight freshness", _s(now.weight_freshness_p50_s, now.weight_freshness_p99_s)),
         ("answers", f"{asked.answers:,}, {asked.failures} failed, {asked.degraded} degraded"),
         ("answer time over HTTP", _ms(asked.p50_ms, asked.p99_ms)),
         ("live hit rate of what was shown", _share(now.metrics.get("live.hit@10"))),
     ):
         table.add_row(name, value)
+    if probed := record.probed:
+        seen = f"{_ms(probed.p50_ms, probed.p99_ms)}; {probed.events:,} seen, {probed.lost} lost"
+        table.add_row("event posted -> in the next answer", seen)
     console.print(table)
     console.print(quality_table(now.metrics))
     if len(record.curve) > 1:
@@ -195,8 +200,9 @@ def _n(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _s(value: float | None) -> str:
-    return "-" if value is None else f"p50 {value:.1f} s"
+def _s(p50: float | None, p99: float | None = None) -> str:
+    shown = [f"{name} {value:.1f} s" for name, value in (("p50", p50), ("p99", p99)) if value]
+    return ", ".join(shown) or "-"
 
 
 def _ms(p50: float | None, p99: float | None) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from ray_jobs import datasets
+from ray_jobs.evaluate.events import LogChoice
 from services.core.errors import RefluxError
 from services.core.settings import Settings
 from services.local import processes
@@ -75,6 +76,7 @@ class Wanted:
     names: Sequence[str]
     items: Sequence[int]
     seconds: float
+    open_s: float  # of the phases at a fixed rate
     swap_every_s: float  # 0: no such phase
     ingest_per_s: float  # 0: no such phase
 
@@ -86,13 +88,14 @@ class Bench:
         self,
         settings: Settings,
         wanted: Wanted,
-        log: datasets.InteractionLog,
+        choice: LogChoice,
         *,
         report: Callable[[str], None],
     ) -> None:
-        self._wanted, self._report = wanted, report
+        self._wanted, self._choice, self._report = wanted, choice, report
         self._stack = Stack(settings, report=report)
         now_ms = time.time_ns() // 1_000_000
+        log = datasets.load(choice.dataset, home=choice.home, data=choice.data)
         self._users = world.users(log, limit=settings.history_events, now_ms=now_ms)
 
     def run(self) -> Iterator[Row]:
@@ -106,10 +109,12 @@ class Bench:
         try:
             self._report(f"writing {len(self._users.histories):,} histories")
             world.write_online(stack.settings, self._users)
+            self._report(f"a student learns for {world.LEARN_S:g} s")
+            state = world.learned(stack.settings, self._choice)
             for items in wanted.items:
                 self._report(f"a catalog of {items:,} items")
                 own = _with_catalog(stack.settings, items)
-                artifact = world.Artifact.make(own, self._users.log, items=items)
+                artifact = world.Artifact.make(own, state, items=items)
                 artifact.publish("bench")
                 for name in wanted.names:
                     if name == NOOP and items > min(wanted.items):
@@ -196,7 +201,7 @@ class Bench:
         if phase == FLOOD:  # as many again as may be at work and in the queues
             replicas = max(settings.replicas, settings.max_replicas)
             connections = 2 * replicas * (MAX_ONGOING + settings.answer_queue)
-        seconds = self._wanted.seconds
+        seconds = self._wanted.open_s if rate else self._wanted.seconds
         measured = self._load(
             settings, subject.url, seconds=seconds, rate=rate, connections=connections
         )

@@ -1,5 +1,7 @@
 """What the bench answers about: MovieLens users, their histories online, a catalog of any size."""
 
+import copy
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,15 +13,20 @@ import pyarrow.parquet as pq
 import torch
 
 from ray_jobs import datasets, recipes
-from services.core.catalog import Catalog
+from ray_jobs.checkpoint import State
+from ray_jobs.evaluate.events import LogChoice
+from ray_jobs.evaluate.events import load as events_of
+from ray_jobs.evaluate.students import ArraySource, ArrayTeachers
+from ray_jobs.peers import ALONE
+from ray_jobs.warm_up import state_of, warm_up
 from services.core.events import EventType
 from services.core.features import FeatureStore, UserHistory
 from services.core.history import event_key
-from services.core.models.student import Student
 from services.core.registry import Registry
 from services.core.settings import Settings
 
 KEPT_VERSIONS: Final = 3
+LEARN_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,20 @@ def write_online(settings: Settings, found: Users) -> None:
     store.write_users(found.histories)
 
 
+def learned(settings: Settings, choice: LogChoice) -> State:
+    """A student of the recipe's size that has learned the log for a moment: it places the log's
+    items as a real one does, which is what a search among many more has to cope with."""
+    recipe, events = recipes.load(settings.recipe), events_of(choice)
+    torch.manual_seed(settings.seed)
+    state = state_of(
+        events.received(0, len(events)), events.items, recipe=recipe, seed=settings.seed
+    )
+    config = dataclasses.replace(recipe.distill, warm_up_s=LEARN_S)
+    nobody = ArrayTeachers({}, ArraySource(events, len(events), len(events)), config)
+    warm_up(state, nobody, config, ALONE)
+    return state
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A student on disk, published as often as wanted."""
@@ -91,18 +112,22 @@ class Artifact:
     registry: Registry
 
     @classmethod
-    def make(cls, settings: Settings, log: datasets.InteractionLog, *, items: int) -> "Artifact":
-        """A student of the recipe's size, with the log's items and random rows up to `items`.
-
-        Untrained: an answer costs the same. Its files stay in the settings' home.
-        """
-        catalog = Catalog()
-        catalog.describe(log.items)
-        catalog.observe(catalog.add(log.events["item_id"].to_pylist()))
-        catalog.add(f"random-{number}" for number in range(items - len(catalog) + 1))
-        torch.manual_seed(settings.seed)
-        student = Student(recipes.load(settings.recipe).student, n_rows=len(catalog))
-        student.describe(catalog.content)
+    @torch.no_grad()
+    def make(cls, settings: Settings, state: State, *, items: int) -> "Artifact":
+        """What was learned, with random rows up to `items`: of any direction, and of the lengths
+        and biases that learned ones have. Its files stay in the settings' home."""
+        catalog, student = state.catalog.copy(), copy.deepcopy(state.student)
+        n_learned = len(catalog)
+        table_VD, bias_V = student.encoder.item_table()[1:], student.bias_V[1:].clone()
+        catalog.add(f"random-{number}" for number in range(items - n_learned + 1))
+        student.grow(catalog.content)
+        random = torch.Generator().manual_seed(settings.seed)
+        n_random = len(catalog) - n_learned
+        like = torch.randint(n_learned - 1, (2, n_random), generator=random)
+        rows_ND = torch.randn(n_random, table_VD.shape[1], generator=random)
+        rows_ND *= table_VD[like[0]].norm(dim=1, keepdim=True) / rows_ND.norm(dim=1, keepdim=True)
+        student.encoder.item_id.weight[n_learned:] = rows_ND
+        student.bias_V[n_learned:] = bias_V[like[1]]
         directory = settings.home.absolute() / f"student-{items}"
         student.save(directory)
         pq.write_table(catalog.to_table(), directory / "catalog.parquet")
