@@ -20,9 +20,10 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from services.core.events import EVENTS, ITEMS, Event, Item
-from services.core.forgetting import Tombstone, Tombstones, forgotten_rows
+from services.core.forgetting import Forgotten, Tombstone, Tombstones
 from services.core.spans import Span, SpanFiles, settle
 
 EPOCH_SPAN: Final = 10**12  # offsets one incarnation of a topic may use
@@ -220,12 +221,12 @@ class EventLog:
         """
         wanted = list(self.schema.names) if columns is None else list(columns)
         order = ["timestamp", "partition", "offset"]
-        gone = forgotten_rows(self._tombstones.pending()) if self._tombstones else None
-        extra = [*([self._key] if self._key else []), *(["user_id"] if gone is not None else [])]
+        gone = Forgotten(self._tombstones.pending() if self._tombstones else [])
+        extra = [*([self._key] if self._key else []), *(["user_id"] if gone else [])]
         needed = list(dict.fromkeys([*wanted, *order, *extra]))
         table = self._files.read(needed, since=since or {}, until=until or {})
-        if gone is not None:
-            table = table.filter(~gone)
+        if gone:
+            table = table.filter(pc.invert(gone.among(table)))
         if self._key:
             table = _first_of_each(table, self._key)
         by = table.sort_by([(name, "ascending") for name in order])
@@ -242,10 +243,10 @@ class EventLog:
         assert self._tombstones is not None
         end = self.end()  # rows before a tombstone may still be on their way into the log
         due = [t for t in self._tombstones.pending() if t.offset < end.get(t.partition, 0)]
-        rows = forgotten_rows(due)
-        if rows is None:
+        rows = Forgotten(due)
+        if not rows:
             return 0
-        gone = sum(files.purge(rows) for files in (self._files, *others))
+        gone = sum(files.purge(rows.among) for files in (self._files, *others))
         self._tombstones.remove(due)
         return gone
 

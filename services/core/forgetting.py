@@ -20,6 +20,7 @@ import pyarrow.fs
 from services.core.spans import filesystem, whole
 
 FOLDER: Final = "forgotten"
+NOWHERE: Final = -1  # no partition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,26 @@ class Tombstones:
         return f"{self._path}/{tombstone.partition:05d}-{tombstone.offset:015d}.json"
 
 
-def forgotten_rows(tombstones: Iterable[Tombstone]) -> pc.Expression | None:
-    """Which rows (columns user_id, partition, offset) must go; None: none."""
-    user, partition, offset = (pc.field(name) for name in ("user_id", "partition", "offset"))
-    gone: pc.Expression | None = None
-    for wish in tombstones:
-        # A user has one partition; rows in another are from before their number changed.
-        later = (partition == wish.partition) & (offset > wish.offset)
-        rows = (user == pa.scalar(wish.user_id)) & ~later
-        gone = rows if gone is None else gone | rows
-    return gone
+class Forgotten:
+    """Which rows must go, for any number of wishes (an expression of 20,000 of them crashed)."""
+
+    def __init__(self, tombstones: Iterable[Tombstone]) -> None:
+        kept: dict[str, tuple[int, int]] = {}  # where rows of the user may stay: after the offset
+        for wish in tombstones:
+            partition, offset = kept.get(wish.user_id, (wish.partition, wish.offset))
+            # A user has one partition; rows in another are from before their number changed.
+            alone = partition == wish.partition
+            kept[wish.user_id] = (partition if alone else NOWHERE, max(offset, wish.offset))
+        self._users = pa.array(list(kept), pa.string())
+        self._partitions = pa.array([partition for partition, _ in kept.values()], pa.int32())
+        self._offsets = pa.array([offset for _, offset in kept.values()], pa.int64())
+
+    def __bool__(self) -> bool:
+        return len(self._users) > 0
+
+    def among(self, table: pa.Table) -> pa.ChunkedArray:
+        """True for each row (of which `spans.KEYS` are needed) that must go."""
+        wish = pc.index_in(table["user_id"], self._users)
+        same = pc.equal(table["partition"], pc.take(self._partitions, wish))
+        later = pc.and_(same, pc.greater(table["offset"], pc.take(self._offsets, wish)))
+        return pc.fill_null(pc.invert(later), False)  # null: of a user who has no such wish

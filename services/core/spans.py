@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -130,18 +130,20 @@ class SpanFiles:
                 self.fs.delete_file(path)
         return len(left)
 
-    def purge(self, rows: pc.Expression) -> int:
+    def purge(self, rows: Callable[[pa.Table], pa.ChunkedArray]) -> int:
         """Write every file that has such rows anew, without them; return how many rows are gone.
 
-        Also the files that compaction has merged and not yet removed. A crash leaves some files
-        done: call again.
+        rows: which they are (a mask), given `KEYS`. Also the files that compaction has merged and
+        not yet removed. A crash leaves some files done: call again.
         """
         gone = 0
         for span in self.spans():
             try:
-                found = len(self._read_file(span, KEYS, rows))
+                there = rows(self._read_file(span, KEYS, None))
+                found = pc.sum(there).as_py() or 0
                 if found:
-                    self.write(self._read_file(span, self.schema.names, ~rows), span)
+                    table = self._read_file(span, self.schema.names, None)
+                    self.write(table.filter(pc.invert(there)), span)
             except FileNotFoundError:  # compacted meanwhile: the merged file is a span of its own
                 return gone + self.purge(rows)
             gone += found

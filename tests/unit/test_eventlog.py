@@ -23,7 +23,8 @@ from services.core.eventlog import (
     kafka_offset,
 )
 from services.core.events import Event, EventType
-from services.core.spans import Span, SpanFiles
+from services.core.forgetting import Forgotten, Tombstone
+from services.core.spans import KEYS, Span, SpanFiles
 
 PARTITIONS = 2
 
@@ -208,3 +209,12 @@ def test_half_a_million_events_read_in_seconds(tmp_path: Path) -> None:
     started = time.process_time()
     assert len(log.read()) == n
     assert time.process_time() - started < 5.0  # about a second
+
+
+def test_any_number_of_users_may_wish_to_be_forgotten_at_once() -> None:
+    wishes = [Tombstone(user_id=f"user {n}", partition=0, offset=9) for n in range(30_000)]
+    moved = Tombstone(user_id="user 2", partition=1, offset=9)  # their number of partitions grew
+    rows = [("user 1", 0, 8), ("user 1", 0, 10), ("user 1", 1, 10), ("user 2", 1, 10), ("x", 0, 8)]
+    table = pa.table(dict(zip(KEYS, zip(*rows, strict=True), strict=True)))
+    gone = Forgotten([*wishes, moved]).among(table)
+    assert gone.to_pylist() == [True, False, True, True, False]
