@@ -42,7 +42,14 @@ def chaos(
             )
     if any("disk" in one.name for one in chosen):
         may_mount()
-    settings = _of_its_own("chaos", seed=seed, REPLICAS="2")
+    settings = _of_its_own(
+        "chaos",
+        seed=seed,
+        REPLICAS="2",
+        RECIPE="smoke_cluster",  # its refreshes are long enough to be disturbed
+        STUDENT_WORKERS="1",
+        TEACHER_WORKERS="1",
+    )
     outcomes, promises = Chaos(settings, seed=seed, rate=rate, faults=chosen, report=_report).run()
     show(outcomes)
     show_promises(promises)

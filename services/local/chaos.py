@@ -25,12 +25,12 @@ from services.local.load import events as seeded
 from services.local.probe import DEADLINE_S, Probe, settled
 from services.local.promises import Promise
 from services.local.stack import tear_down
+from services.local.waiting import wait
 
 ANSWERED_SHARE: Final = 0.999
 BACK_WITHIN_S: Final = 15.0
 GIVE_UP_S: Final = 180.0  # on a fault's recovery, on the first student, on catching up
 PAUSE_S: Final = (3.0, 6.0)  # between a recovery and the next fault
-POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Chaos:
             producing.start()
             try:
                 probe = Probe(settings, events)
-                self._wait("a first student", probe.answers)
+                wait("a first student", probe.answers, give_up_s=GIVE_UP_S)
                 asking.start()
                 world = World(settings=settings, producer=producer, disks=self._disks)
                 outcomes = [self._break(fault, world, probe) for fault in self._order()]
@@ -138,7 +138,7 @@ class Chaos:
         began_s = time.monotonic()
         name = "everything read and learned in the end"
         try:
-            self._wait(name, lambda: settled(settings))
+            wait(name, lambda: settled(settings), give_up_s=GIVE_UP_S)
         except RefluxError as error:
             return Promise(name=name, kept=False, found=str(error))
         return Promise(name=name, kept=True, found=f"after {time.monotonic() - began_s:.0f} s")
@@ -170,7 +170,7 @@ class Chaos:
 
         back_s: float | None = None
         try:
-            self._wait(f"{fault.name}: back", back)
+            wait(f"{fault.name}: back", back, give_up_s=GIVE_UP_S)
             back_s = time.monotonic() - ended_s
             self._report(f"back after {back_s:.1f} s")
         except RefluxError as error:
@@ -179,13 +179,6 @@ class Chaos:
         return Outcome(
             fault=fault, began_s=began_s, ended_s=ended_s, back_s=back_s, verdict=verdict
         )
-
-    def _wait(self, what: str, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + GIVE_UP_S
-        while not done():
-            if time.monotonic() > deadline:
-                raise RefluxError(f"{what}: not within {GIVE_UP_S:g} s")
-            time.sleep(POLL_S)
 
 
 def show(outcomes: Sequence[Outcome]) -> None:

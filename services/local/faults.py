@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import psutil
 import redis
 
 from services.core.errors import RefluxError
+from services.core.registry import Registry
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
 from services.local.clock import skewed_producers
@@ -19,6 +21,7 @@ from services.local.disks import SmallDisk
 from services.local.jobs import Jobs
 from services.local.load import Producer
 from services.local.promises import Promise
+from services.local.waiting import wait
 
 FIND_TIMEOUT_S: Final = 60.0  # a training worker may be between two lives
 FREEZE_S: Final = 30.0
@@ -161,36 +164,51 @@ def commands(settings: Settings) -> list[tuple[psutil.Process, str]]:
 
 
 def _to_teacher(strike: Callable[[psutil.Process], Struck]) -> Callable[[World], Struck]:
-    """Refresh the teacher, and strike the worker that trains it."""
+    """Refresh the teacher as an operator would, and strike the worker that trains it.
+
+    Whatever is lost with it, the supervisor sees to it that a new teacher comes.
+    """
 
     def begin(world: World) -> Struck:
         settings = world.settings
-        jobs = Jobs(settings, embedded=True)
+        teachers = Registry(settings.registry)
+        newest = teachers.latest("teacher")
         others = running(settings, [TRAINING_WORKER])  # the student's
-        job = jobs.submit("teacher")
+        jobs = Jobs(settings, embedded=True)
+        job = active.submission_id if (active := jobs.active("teacher")) else jobs.submit("teacher")
+        saved = _saved_by_teachers(settings)
+
+        def saves() -> bool:
+            return bool(_saved_by_teachers(settings) - saved)
+
+        wait(f"{job} trains", saves, give_up_s=TEACHER_S)
         worker = find(settings, "teacher worker", [TRAINING_WORKER], other_than=others)
-        time.sleep(3.0)  # into the training
+        saved = _saved_by_teachers(settings)
         struck = strike(worker)
-        others |= struck.gone
 
         def back() -> bool:
-            trains = running(settings, [TRAINING_WORKER]) - others
-            return bool(trains) or jobs.get(job).status == "SUCCEEDED"
+            return saves() or teachers.latest("teacher") != newest
 
         def finish() -> Promise:
+            name = "a teacher's refresh survives its worker"
             try:
-                status = jobs.wait(job, timeout_s=TEACHER_S).status
+                wait(name, lambda: teachers.latest("teacher") != newest, give_up_s=TEACHER_S)
             except RefluxError as error:
-                status = str(error)
+                return Promise(name=name, kept=False, found=str(error))
+            version = teachers.latest("teacher") or 0
+            resumed = teachers.manifest("teacher", version)["resumed"]
             return Promise(
-                name="a teacher's refresh survives its worker",
-                kept=status == "SUCCEEDED",
-                found=status.lower(),
+                name=name, kept=True, found=f"teacher {version}, resumed {resumed} times"
             )
 
         return replace(struck, told=f"{struck.told} of {job}", back=back, finish=finish)
 
     return begin
+
+
+def _saved_by_teachers(settings: Settings) -> set[Path]:
+    """Checkpoints of teachers that are being trained."""
+    return set(Path(settings.checkpoints).glob("teacher-*/checkpoint_*"))
 
 
 def _full(disk: str) -> Callable[[World], Struck]:

@@ -1,7 +1,6 @@
 """`reflux bench fuzz`: a running stack, what nobody would send, and an account of every record."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,6 @@ from typing import Final
 
 import httpx
 
-from services.core.errors import RefluxError
 from services.core.eventlog import EventLog
 from services.core.events import EVENTS, ITEMS
 from services.core.kafka import Publisher, end_offsets
@@ -24,6 +22,7 @@ from services.local.load import events as seeded
 from services.local.probe import Probe, settled
 from services.local.promises import Promise
 from services.local.stack import tear_down
+from services.local.waiting import wait
 
 READY_S: Final = 240.0  # for a first student, and for everything to be read and learned
 AT_ONCE: Final = 8  # requests
@@ -70,7 +69,7 @@ class Fuzz:
         self._report(f"{self._n_requests:,} requests")
         statuses, forgotten = self._ask(settings)
         self._report("accounting")
-        _wait("everything read and learned", lambda: settled(settings))
+        wait("everything read and learned", lambda: settled(settings), give_up_s=READY_S)
         after = _books(settings)
         return [
             _no_failure(statuses),
@@ -92,11 +91,11 @@ class Fuzz:
             )
             producing.start()
             try:
-                _wait("a first student", Probe(settings, events).answers)
+                wait("a first student", Probe(settings, events).answers, give_up_s=READY_S)
             finally:
                 stop.set()
                 producing.join()
-        _wait("everything read and learned", lambda: settled(settings))
+        wait("everything read and learned", lambda: settled(settings), give_up_s=READY_S)
 
     def _ask(self, settings: Settings) -> tuple[Counter[tuple[str, int]], int]:
         """How often each server answered with each status, and how many users it took to forget."""
@@ -165,11 +164,3 @@ def _all_accounted_for(
         found=f"{sent:,} in Kafka: {logged:,} in the log, {dead:,} dead letters with a reason, "
         f"{forgotten:,} wishes to be forgotten",
     )
-
-
-def _wait(what: str, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + READY_S
-    while not done():
-        if time.monotonic() > deadline:
-            raise RefluxError(f"{what}: not within {READY_S:g} s")
-        time.sleep(0.2)

@@ -13,6 +13,7 @@ from services.core.settings import Settings
 from services.local.jobs import Jobs
 
 LOOK_EVERY_S = 1.0
+RETRIES = 5  # of a refresh that somebody asked for; one that is due is tried again and again
 SOUND_MS = 120_000  # a job that ran so long was not ill from the start
 
 
@@ -58,27 +59,21 @@ class LearningJobs:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY_S
-        for kind in self._watched.copy():
-            self._notice_end(kind)
-        if self._may_start("student"):
-            self._start("student", "no distillation job is running")
-        if self._may_start("teacher") and (reason := self._refresh_reason()):
-            self._start("teacher", reason)
-
-    def _may_start(self, kind: Kind) -> bool:
-        waited = time.monotonic() >= self._not_before.get(kind, 0.0)
-        return waited and self.jobs.active(kind) is None
-
-    def _start(self, kind: Kind, reason: str) -> None:
-        self._watched[kind] = self.jobs.submit(kind)
-        self.report(f"{kind} job {self._watched[kind]}: {reason}")
+        kinds: tuple[Kind, ...] = ("student", "teacher")
+        for kind in kinds:
+            if active := self.jobs.active(kind):  # whoever has started it
+                self._watched[kind] = active.submission_id
+                continue
+            if kind in self._watched:
+                self._notice_end(kind)
+            waited = time.monotonic() >= self._not_before.get(kind, 0.0)
+            if waited and (reason := self._reason(kind)):
+                self._watched[kind] = self.jobs.submit(kind)
+                self.report(f"{kind} job {self._watched[kind]}: {reason}")
 
     def _notice_end(self, kind: Kind) -> None:
-        job = self.jobs.get(self._watched[kind])
-        if job.active:
-            return
-        del self._watched[kind]
-        if job.status == "SUCCEEDED":
+        job = self.jobs.get(self._watched.pop(kind))
+        if job.status != "FAILED":  # it has done its work, or somebody has stopped it
             self._failures[kind] = 0
             return
         self._failures[kind] += 1
@@ -91,7 +86,11 @@ class LearningJobs:
             f"{job.message.strip().splitlines()[-1] if job.message.strip() else 'no message'}"
         )
 
-    def _refresh_reason(self) -> str | None:
+    def _reason(self, kind: Kind) -> str | None:
+        if kind == "student":
+            return "no distillation job is running"
+        if 0 < self._failures[kind] <= RETRIES:
+            return "the last one failed"
         log = EventLog(self.settings.offline)
         return refresh_due(
             events=log.count(),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from services.console.scrape import quantile
 from services.core.errors import RefluxError, UnavailableError
 from services.core.settings import Settings
 from services.local import learning
-from services.local.jobs import Job
+from services.local.jobs import Job, JobKind
 from services.local.learning import TeacherState, refresh_due
 from services.local.processes import Command, Process
 from services.local.replay import BATCH_EVENTS, paced
@@ -92,6 +93,42 @@ def test_learning_is_supervised_until_a_signal_and_then_keeps_its_checkpoint(
         "stop student",
         "reflux-student STOPPED",
     ]
+
+
+def test_a_refresh_that_an_operator_asked_for_and_that_fails_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "LOOK_EVERY_S", 0.0)
+    status = {"student": "RUNNING", "asked": "RUNNING"}
+    started: list[str] = []
+
+    class OneRefresh:
+        """The Jobs API of a Ray on which a student learns, and a refresh was asked for."""
+
+        def active(self, kind: str) -> Job | None:
+            job = self.get(kind if kind == "student" else [*status][-1])
+            return job if job.active else None
+
+        def get(self, name: str) -> Job:
+            kind: JobKind = "student" if name == "student" else "teacher"
+            return Job(kind=kind, submission_id=name, status=status[name], message="", started_ms=0)
+
+        def submit(self, kind: str) -> str:
+            started.append(kind)
+            status["again"] = "RUNNING"
+            return "again"
+
+    jobs: Any = OneRefresh()
+    watching = learning.LearningJobs(Settings(home=tmp_path), jobs, report=lambda _: None)
+    watching.tick()
+    assert started == []
+    status["asked"] = "FAILED"
+    watching.tick()
+    assert started == ["teacher"]
+    status["again"] = "STOPPED"  # by the operator, who means it
+    for _ in range(2):
+        watching.tick()
+    assert started == ["teacher"]
 
 
 def test_pacing_holds_the_rate_and_loses_nothing() -> None:
