@@ -26,7 +26,6 @@ from services.core.catalog import Catalog
 from services.core.metrics import Prequential
 from services.core.models.student import Student
 
-CHECKPOINTS_KEPT = 2
 Ledger = dict[int, list[list[int]]]  # per partition the ranges [first, next) learned, in order
 
 

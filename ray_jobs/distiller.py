@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from ray_jobs import replay
-from ray_jobs.checkpoint import CHECKPOINTS_KEPT, State
+from ray_jobs.checkpoint import State
 from ray_jobs.learner import learn, trust_in
 from ray_jobs.microbatch import MicroBatch, absorb, group
 from ray_jobs.peers import Peers
 from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict, predict_popular
-from ray_jobs.recipes import DistillConfig
+from ray_jobs.recipes import CHECKPOINTS_KEPT, DistillConfig
 from ray_jobs.stream import Received, answer_lists
 from ray_jobs.teachers import Asked, Teaching
 from ray_jobs.telemetry import Telemetry
@@ -30,6 +30,7 @@ from services.core.settings import Settings
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
 EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
+SOON_S = 1.0  # after a restart, until the first look whether there is something to publish
 EMA_EVENTS = 5_000  # half-life of the quality that trust goes by
 
 
@@ -117,11 +118,14 @@ class Distiller:
 
     def begin(self) -> None:
         """Publish the first version at once; the student frozen as it is now is the yardstick."""
+        taught_before = self.state.counters.teacher is not None
         self._look_after_teachers()
-        self._taught = all(self._peers.gather(self._teachers.version is not None))
+        self._taught = taught_before or self._taught_by_now()
         if self.state.frozen is None and len(self.state.catalog) > 1:
             self._publish()
             self.checkpoint()
+        else:  # a job that goes on has news at once
+            self._due_s["publish"] -= max(0.0, self.settings.publish_every_s - SOON_S)
 
     def tick(self) -> None:
         """Read a micro-batch, learn the one before, predict this one; publish and keep when due."""
@@ -326,20 +330,23 @@ class Distiller:
     def _look_after_teachers(self) -> None:
         self._teachers.look()
         counters = self.state.counters
-        if counters.teacher != self._teachers.version:
+        if self._teachers.version not in (None, counters.teacher):  # None: it still loads
             counters.teacher, counters.first_teacher = self._teachers.version, self._teachers.first
             counters.teacher_ndcg = counters.student_ndcg = 0.0
             self.telemetry.teacher.set(counters.teacher or 0)
 
     def _meet_first_teacher(self) -> None:
         """What was learned while there was no teacher is learned again, with its labels."""
-        self._taught = all(self._peers.gather(self._teachers.version is not None))
+        self._taught = self._taught_by_now()
         if self._taught and any(self._peers.gather(len(self.state.histories) > 0)):
             self._learn()
             warm_up(self.state, self._teachers, self._config, self._peers)
             self.state.frozen = copy.deepcopy(self.state.student)
             self._publish()
             self.checkpoint()
+
+    def _taught_by_now(self) -> bool:
+        return all(self._peers.gather(self._teachers.version is not None))
 
     def _publish(self) -> None:
         self.publisher.publish(self._probe)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ray_jobs.gate import Bar
-from services.core.models.encoder import EncoderConfig
-from services.core.models.student import StudentConfig
+from services.core.models.sizes import EncoderConfig, StudentConfig
 from services.core.settings import Settings
 
 Placement = Literal["PACK", "SPREAD"]  # workers on as few nodes as can be, or on as many
+
+
+CHECKPOINTS_KEPT: Final = 2  # by the distillation job
 
 
 @dataclass(frozen=True, kw_only=True)

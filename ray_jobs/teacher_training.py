@@ -24,12 +24,13 @@ import ray
 import ray.train
 import torch
 from numpy.typing import NDArray
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from torch import Tensor
 
 from ray_jobs.parallel import Optimizers, prepared, restore, states, whole, world
 from ray_jobs.recipes import Recipe, TrainConfig
-from ray_jobs.rendezvous import RendezvousConfig
+from ray_jobs.rendezvous import RendezvousConfig, prepare_ray_train
 from ray_jobs.shards import History, Shard
 from ray_jobs.spectral import start_items
 from ray_jobs.teacher_data import Lines
@@ -59,9 +60,7 @@ def train(
     `history` has the recipe's number of shards. `checkpoints` is any URI that pyarrow
     reaches; what the run writes there is removed at its end.
     """
-    # Read by Ray Train: at the default of 2 s every report() takes 1.5 s.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
+    prepare_ray_train()
     torch.manual_seed(seed)
     model = (
         copy.deepcopy(parent) if parent else Teacher(recipe.teacher, n_rows=len(history.catalog))
@@ -117,7 +116,7 @@ def _trainer(
     seed: int,
     name: str,
     checkpoints: str,
-) -> TorchTrainer:
+) -> DataParallelTrainer:
     train = recipe.train
     epochs = train.refresh_epochs if warm else train.max_epochs
     events_per_step = len(history.shards) * train.batch_lines * train.line_events
@@ -132,10 +131,10 @@ def _trainer(
         seed=seed,
         has_parent=warm,
     )
-    return TorchTrainer(
+    return DataParallelTrainer(
         train_worker,
         train_loop_config={"run": ray.put(run)},
-        torch_config=RendezvousConfig(),
+        backend_config=RendezvousConfig(use_gpu=train.use_gpu),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             placement_strategy=train.placement,

@@ -89,8 +89,8 @@ class Teachers:
         for pool in self._running.values():
             pool.align(self._catalog)
 
-    def start(self) -> None:
-        """Take up the teacher that is promoted now, if there is one; wait until it is ready."""
+    def start(self, *, wait: bool) -> None:
+        """Take up the teacher that is promoted now, if there is one; `wait` until it is ready."""
         if self.first is not None and self._config.stale_teacher:
             try:
                 self._registry.manifest("teacher", self.first)
@@ -98,7 +98,7 @@ class Teachers:
             except RegistryError as error:
                 logger.warning("the first teacher is gone, its row ends here: %s", error)
         self.look()
-        if self._wanted is not None:
+        if wait and self._wanted is not None:
             self._running[self._wanted].wait(READY_TIMEOUT_S)
         self.look()
 
@@ -135,6 +135,9 @@ class Teachers:
         try:
             promoted = self._registry.serving("teacher").version
         except NothingServingError:
+            return None
+        except (RegistryError, OSError) as error:  # who labels goes on
+            logger.warning("no look for another teacher: %s", error)
             return None
         return None if promoted in self._failed or promoted == self.version else promoted
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import torch
 
 from services.core.catalog import Catalog
-from services.core.models.student import Student, StudentConfig
+from services.core.models.sizes import StudentConfig
+from services.core.models.student import Student
 from services.core.registry import Registry
 
 N_ITEMS = 60

@@ -32,7 +32,7 @@ from ray_jobs.evaluate.results import LEVEL, SAMPLES, Outcome
 from ray_jobs.evaluate.rows import Job, Say
 from ray_jobs.evaluate.stream_teachers import folder_of, train_along
 from ray_jobs.recipes import Recipe, TrainConfig
-from services.core.models.encoder import EncoderConfig
+from services.core.models.sizes import EncoderConfig
 
 TEACHERS: Final = "teachers"  # the job that trains them, without a row of its own
 ROWS: Final = ("popularity", "factorisation", "teacher", "hard", "distilled")

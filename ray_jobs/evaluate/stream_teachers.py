@@ -27,7 +27,7 @@ from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.teacher_data import history_of
 from ray_jobs.teacher_training import train
 from services.core import losses
-from services.core.models.encoder import EncoderConfig
+from services.core.models.sizes import EncoderConfig
 from services.core.models.teacher import Teacher
 
 COST = "cost.json"

@@ -22,14 +22,14 @@ from ray_jobs.microbatch import COLD, MicroBatch, absorb, group
 from ray_jobs.peers import ALONE
 from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict
-from ray_jobs.recipes import DistillConfig
+from ray_jobs.recipes import CHECKPOINTS_KEPT, DistillConfig
 from ray_jobs.stream import Received
 from ray_jobs.teachers import Teachers
 from ray_jobs.telemetry import Telemetry
 from services.core.catalog import Catalog
 from services.core.metrics import MISS, Prequential
-from services.core.models.encoder import EncoderConfig
-from services.core.models.student import Student, StudentConfig
+from services.core.models.sizes import EncoderConfig, StudentConfig
+from services.core.models.student import Student
 from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 from services.core.settings import Settings
@@ -159,6 +159,23 @@ def test_a_run_that_broke_down_and_resumed_equals_one_that_did_not(tmp_path: Pat
     )
     for name, weight in weights(resumed).items():
         assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_a_job_that_goes_on_learns_while_its_teacher_still_loads(tmp_path: Path) -> None:
+    state = new_state()
+    run = distiller(state, Log(600), tmp_path, keep=lambda: None)
+    while state.frozen is None:
+        run.tick()
+    state.counters.teacher, state.counters.teacher_ndcg = 7, 0.5
+    frozen = state.frozen
+    again = distiller(state, Log(600, at=state.positions[0]), tmp_path, keep=lambda: None)
+    again.begin()  # nobody labels yet
+    learned = state.counters.events_learned
+    for _ in range(9):
+        again.tick()
+    assert state.counters.events_learned > learned
+    assert (state.counters.teacher, state.counters.teacher_ndcg) == (7, 0.5)
+    assert state.frozen is frozen  # what was learned before is not warmed up anew
 
 
 def test_what_comes_later_changes_no_earlier_prediction() -> None:
@@ -384,7 +401,7 @@ def test_a_user_who_wished_it_is_in_no_checkpoint_that_is_kept(tmp_path: Path) -
     n_before = len(kept)
     for _ in range(12):
         run.tick()
-    assert len(kept) == n_before + checkpoint.CHECKPOINTS_KEPT  # and no more, with nothing to keep
+    assert len(kept) == n_before + CHECKPOINTS_KEPT  # and no more, with nothing to keep
     assert not any("u0-3" in users for users in kept[n_before:])
     assert len(kept[-1]) == 11
     told = generate_latest(run.telemetry.registry).decode()

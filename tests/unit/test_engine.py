@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from services.core.features import UserHistory
-from services.core.models.student import Student, StudentConfig
+from services.core.models.sizes import StudentConfig
+from services.core.models.student import Student
 from services.recommend.engine import TRENDING, TRENDING_CATEGORIES, Model, Ranking, rank
 from services.recommend.items import Items
 from services.recommend.schema import RecommendRequest

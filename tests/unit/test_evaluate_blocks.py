@@ -21,7 +21,7 @@ from ray_jobs.evaluate.students import save_teacher
 from ray_jobs.spectral import start_items
 from ray_jobs.teacher_data import history_of
 from services.core.metrics import MISS
-from services.core.models.encoder import EncoderConfig
+from services.core.models.sizes import EncoderConfig
 from services.core.models.teacher import Teacher
 
 N_BLOCKS, N_USERS, N_ITEMS = 3, 40, 120

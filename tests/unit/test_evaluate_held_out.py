@@ -13,8 +13,8 @@ from ray_jobs.evaluate.events import LogChoice
 from ray_jobs.evaluate.held_out import Frozen, Given, split_of
 from ray_jobs.evaluate.judging import Past
 from ray_jobs.evaluate.stream_teachers import Recalibrated
-from services.core.models.encoder import EncoderConfig
 from services.core.models.sequences import features_of
+from services.core.models.sizes import EncoderConfig
 from services.core.models.teacher import Teacher
 
 N_USERS, N_EVENTS, N_ITEMS = 7, 200, 50

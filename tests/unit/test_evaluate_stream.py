@@ -16,7 +16,7 @@ from ray_jobs.evaluate.judging import Past, Scores, walk
 from ray_jobs.evaluate.options import Options
 from ray_jobs.evaluate.students import ArraySource, ArrayTeachers, distil, save_teacher
 from services.core.metrics import MISS
-from services.core.models.encoder import EncoderConfig
+from services.core.models.sizes import EncoderConfig
 from services.core.models.teacher import Teacher
 
 N = 600

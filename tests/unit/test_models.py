@@ -11,10 +11,10 @@ from torch import nn
 from ray_jobs.spectral import start_items
 from services.core.losses import full_softmax
 from services.core.metrics import ndcg_at, ranks_of
-from services.core.models.encoder import EncoderConfig
 from services.core.models.recommender import Recommender
 from services.core.models.sequences import Layout, Packed, Sequences, sequences_of
-from services.core.models.student import Student, StudentConfig
+from services.core.models.sizes import EncoderConfig, StudentConfig
+from services.core.models.student import Student
 from services.core.models.teacher import Teacher
 
 N_ROWS, N_CONTENT = 40, 16

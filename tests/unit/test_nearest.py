@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from services.core.models.serving import ServingStudent
-from services.core.models.student import Student, StudentConfig
+from services.core.models.sizes import StudentConfig
+from services.core.models.student import Student
 from services.recommend.engine import Model, rank
 from services.recommend.items import Items
 from services.recommend.nearest import DEPTH, RECALL, Nearest

@@ -21,7 +21,7 @@ from services.core.errors import RefluxError
 from services.core.eventlog import SCHEMAS, EventLog
 from services.core.events import EVENTS
 from services.core.metrics import ndcg_at, ranks_of
-from services.core.models.encoder import EncoderConfig
+from services.core.models.sizes import EncoderConfig
 from services.core.models.teacher import Teacher
 from services.core.settings import Settings
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from services.core.models.encoder import Encoder, EncoderConfig
+from services.core.models.encoder import Encoder
+from services.core.models.sizes import EncoderConfig
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from scipy.special import erf
 from torch import Tensor
 
-from services.core.models.encoder import EncoderConfig, attention_mask, item_table, rotary
+from services.core.models.encoder import attention_mask, item_table, rotary
+from services.core.models.sizes import EncoderConfig
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -10,7 +10,6 @@ K candidates.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +20,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from services.core.models.encoder import EncoderConfig
 from services.core.models.recommender import CONFIG, WEIGHTS, Recommender
 from services.core.models.serving import ServingStudent, table_of
+from services.core.models.sizes import StudentConfig
 
 TABLE: Final = "table.npy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentConfig(EncoderConfig):
-    """Sizes of a student. `teacher_dim`: width T of the hidden states it learns to project to."""
-
-    teacher_dim: int
 
 
 class Student(Recommender):

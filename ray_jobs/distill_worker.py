@@ -1,0 +1,107 @@
+"""One worker of the distillation job: resume, tick until told to stop, keep checkpoints.
+
+Reads downward; the loop itself is `distiller.Distiller`.
+"""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.v2._internal.execution import context as reporting
+
+from ray_jobs import checkpoint, recipes
+from ray_jobs.checkpoint import State
+from ray_jobs.distill_student import StopFile
+from ray_jobs.distiller import Distiller
+from ray_jobs.peers import Peers
+from ray_jobs.recipes import Recipe
+from ray_jobs.stream import EventStream
+from ray_jobs.teachers import Teachers
+from ray_jobs.warm_up import first_state, warm_up
+from services.core.kafka import ensure_topics
+from services.core.settings import Settings
+
+logger = logging.getLogger("distill")
+
+
+def work(given: dict[str, Any]) -> None:
+    """Start, then tick until told to stop."""
+    # Of every connection and every checkpoint: this job's log would grow without end.
+    for chatty in ("kafka", "ray.train", str(reporting.__file__)):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.update(given["settings"])
+    settings = Settings.load()
+    recipe = recipes.load(given["recipe"])
+    context = ray.train.get_context()
+    peers = Peers(context.get_world_rank(), context.get_world_size())
+    os.nice(recipe.distill.niceness)
+    torch.set_num_threads(recipe.distill.threads_per_worker)
+    torch.manual_seed(settings.seed)  # one student for all
+    ensure_topics(settings)
+    state = resume(recipe, peers)
+    if state is None:
+        state = first_state(settings, recipe, peers)
+        torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each
+    teachers = Teachers(
+        settings.registry,
+        config=recipe.distill,
+        width=recipe.student.teacher_dim,
+        first=state.counters.first_teacher,
+        peers=peers,
+    )
+    teachers.align(state.catalog)
+    resumed = state.frozen is not None
+    teachers.start(wait=not resumed)
+    if not resumed:
+        warm_up(state, teachers, recipe.distill, peers)
+    stream = EventStream(settings, state.positions, rank=peers.rank, world=peers.world)
+    distiller = Distiller(
+        state,
+        stream,
+        teachers,
+        settings=settings,
+        config=recipe.distill,
+        peers=peers,
+        keep=lambda: report(state, peers),
+    )
+    if settings.student_metrics_port and peers.rank == 0:
+        distiller.telemetry.serve(host=settings.host, port=settings.student_metrics_port)
+    stop = StopFile(settings)
+    distiller.begin()
+    try:
+        while not peers.gather(stop.is_set())[0]:
+            distiller.tick()
+        distiller.checkpoint()
+    finally:
+        stream.close()
+
+
+def report(state: State, peers: Peers) -> None:
+    """Hand the checkpoint to Ray Train, which stores it whole."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.save(state, Path(directory), rank=peers.rank)
+        ray.train.report(
+            {"events_learned": state.counters.events_learned},
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+        )
+
+
+def resume(recipe: Recipe, peers: Peers) -> State | None:
+    """The newest checkpoint; None where there is none that this recipe can go on from."""
+    stored = ray.train.get_checkpoint()
+    if stored is None:
+        return None
+    with stored.as_directory() as directory:
+        state = checkpoint.load(
+            Path(directory), config=recipe.distill, rank=peers.rank, world=peers.world
+        )
+    if state.student.config != recipe.student:
+        logger.warning("the checkpoint's student has other sizes than %s: anew", recipe.name)
+        return None
+    learned, positions = state.counters.events_learned, state.positions
+    logger.info("resumed after %d events, next are %s", learned, positions)
+    return state
