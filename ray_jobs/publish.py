@@ -28,6 +28,7 @@ from ray_jobs.peers import Peers
 from ray_jobs.ranking import top_lists
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.telemetry import Telemetry
+from services.core.errors import RegistryError
 from services.core.eventlog import epoch_of
 from services.core.metrics import Prequential, Ranks, gains_at
 from services.core.registry import Registry
@@ -169,7 +170,7 @@ class Publisher:
     def _unless_held(self, verdict: Verdict) -> Verdict:
         try:
             held = self._registry.held("student")
-        except OSError as error:  # it may be held: nobody can tell
+        except (OSError, RegistryError) as error:  # it may be held: nobody can tell
             return Verdict(promoted=False, reason=f"the registry can't be read ({error})")
         if held is None:
             return verdict
@@ -188,7 +189,7 @@ class Publisher:
         next version tells of all that this one would have told."""
         try:
             self._write(verdict, qualities, positions, arrivals_ms)
-        except OSError as error:
+        except (OSError, RegistryError) as error:
             logger.error("no new version, the registry can't be written: %s", error)
             return False
         return True

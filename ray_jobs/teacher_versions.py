@@ -13,7 +13,7 @@ from ray_jobs.shards import History
 from ray_jobs.teacher_quality import Quality, verdict
 from ray_jobs.teacher_training import Trained
 from services.core.catalog import Catalog
-from services.core.errors import NothingServingError
+from services.core.errors import CorruptVersionError, NothingServingError
 from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 
@@ -37,7 +37,11 @@ def teaching_now(registry: Registry, recipe: Recipe) -> Parent | None:
     except NothingServingError:
         return None
     with tempfile.TemporaryDirectory() as temporary:
-        home = registry.fetch("teacher", version, Path(temporary))
+        try:
+            home = registry.fetch("teacher", version, Path(temporary))
+        except CorruptVersionError as error:
+            print(f"starting from scratch: {error}")
+            return None
         model = Teacher.load(home)
         catalog = Catalog.from_table(pq.read_table(home / CATALOG))
     if model.config != recipe.teacher:

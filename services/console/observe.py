@@ -10,7 +10,7 @@ from typing import Any
 
 from services.console import scrape
 from services.console.scrape import Samples, Scraper, buckets, quantile, total
-from services.core.errors import NothingServingError, VersionNotFoundError
+from services.core.errors import RegistryError
 from services.core.registry import Kind, Registry, Serving
 from services.core.settings import Settings
 from services.core.stackfile import is_alive, read_stack
@@ -160,16 +160,16 @@ class Observer:
     def _serving(self, kind: Kind) -> Serving | None:
         try:
             return self._registry.serving(kind)
-        except NothingServingError:
+        except RegistryError:  # nothing yet, or an unreadable pointer: the answers complain of it
             return None
 
     def _manifest(self, kind: Kind, version: int) -> Manifest | None:
-        """They never change, so each is read once; None for one pruned meanwhile."""
+        """They never change, so each is read once; None for one pruned meanwhile, or damaged."""
         known = self._manifests.get((kind, version))
         if known is None:
             try:
                 known = self._registry.manifest(kind, version)
-            except VersionNotFoundError:
+            except RegistryError:
                 return None
             while len(self._manifests) >= 8:
                 self._manifests.pop(next(iter(self._manifests)))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final, get_args
 
-from services.core.errors import NothingServingError, RegistryError
+from services.core.errors import RegistryError
 from services.core.registry import Kind, Registry
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -88,7 +88,7 @@ class Versions:
     def _serves(self, kind: Kind) -> dict[str, Any] | None:
         try:
             found = self._registry.serving(kind)
-        except NothingServingError:
+        except RegistryError:
             return None
         history = [
             {"version": one.version, "promoted_ms": one.promoted_ms, "reason": one.reason}

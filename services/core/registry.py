@@ -17,6 +17,7 @@ write one pointer and operators the other, so that a job which promotes just now
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -38,6 +39,8 @@ from services.core.errors import (
 from services.core.trials import Trial
 
 Kind = Literal["teacher", "student"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
 POINTER: Final = "serving.json"
@@ -153,6 +156,8 @@ class Registry:
         staging.mkdir(parents=True)
         try:
             for name, expected in manifest["files"].items():
+                if Path(name).name != name:
+                    raise CorruptVersionError(f"{kind} {version}: {name!r} is no plain file's name")
                 source = f"{self._version_path(kind, version)}/{name}"
                 found = self._download(source, staging / name)
                 if found != expected:
@@ -173,7 +178,11 @@ class Registry:
         """Make an existing version the one that serves; `hold` it against the learning jobs."""
         self.manifest(kind, version)
         entry = Promotion(version=version, promoted_ms=_now_ms(), reason=reason)
-        history = (hold and self._history(kind, HELD)) or self._history(kind, POINTER)
+        try:
+            history = (hold and self._history(kind, HELD)) or self._history(kind, POINTER)
+        except RegistryError as error:  # which this mends
+            logger.error("%s; what served before %d is forgotten", error, version)
+            history = ()
         self._point(kind, HELD if hold else POINTER, (*history, entry))
 
     def held(self, kind: Kind) -> int | None:
@@ -278,7 +287,7 @@ class Registry:
             return ()
         except (ValueError, KeyError, TypeError) as error:
             raise RegistryError(
-                f"{path} is unreadable ({error!r}); delete it and promote a version"
+                f"{path} is unreadable ({error!r}); promote a version, or delete it"
             ) from None
 
     def _point(self, kind: Kind, pointer: str, history: tuple[Promotion, ...]) -> None:

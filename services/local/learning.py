@@ -4,9 +4,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from services.core.errors import RefluxError
+from services.core.errors import RefluxError, RegistryError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
@@ -117,11 +118,11 @@ def supervise(jobs: Jobs, *, report: Callable[[str], None]) -> None:
 
 def newest_teacher(settings: Settings, log: EventLog) -> TeacherState | None:
     registry = Registry(settings.registry)
-    version = registry.latest("teacher")
-    if version is None:
-        return None
-    manifest = registry.manifest("teacher", version)
-    read_until = {int(partition): end for partition, end in manifest["offsets"].items()}
-    return TeacherState(
-        created_ms=int(manifest["created_ms"]), events_since=log.count(since=read_until)
-    )
+    for version in reversed(registry.versions("teacher")):
+        with suppress(RegistryError):  # damaged, or just pruned: the one before it counts
+            manifest = registry.manifest("teacher", version)
+            read_until = {int(partition): end for partition, end in manifest["offsets"].items()}
+            return TeacherState(
+                created_ms=int(manifest["created_ms"]), events_since=log.count(since=read_until)
+            )
+    return None
