@@ -1,6 +1,7 @@
 """The page and its API: `/`, `/api/status`, `/api/state`, `/api/history`, `/api/stream`, and what
 `trying` and `operating` add."""
 
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,6 +26,7 @@ from services.core.errors import (
     RefluxError,
     UnauthorizedError,
     VersionNotFoundError,
+    shown,
 )
 from services.core.settings import Settings
 
@@ -115,6 +118,16 @@ def create_app(settings: Settings) -> FastAPI:
         headers = {"www-authenticate": "Bearer"}
         return JSONResponse({"detail": str(error)}, status_code=401, headers=headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own answer repeats what was sent, and breaks down where no JSON can say it.
+        wrong = [
+            {"loc": one["loc"], "msg": one["msg"], "input": shown(one["input"])}
+            for one in error.errors()
+        ]
+        content = json.dumps({"detail": wrong})
+        return Response(content, media_type="application/json", status_code=422)
+
     @app.exception_handler(OSError)
     async def unreachable(_: Request, error: OSError) -> JSONResponse:
         return JSONResponse({"detail": f"the registry can't be read: {error}"}, status_code=503)
@@ -124,8 +137,10 @@ def create_app(settings: Settings) -> FastAPI:
         status = 503
         if isinstance(error, operating.ChangedError):
             status = 409
-        elif isinstance(error, VersionNotFoundError):
+        elif isinstance(error, VersionNotFoundError | operating.NoSuchThingError):
             status = 404
+        elif isinstance(error, trying.RefusedError):
+            status = error.status
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     return app

@@ -64,7 +64,7 @@ class Guard:
         """The same for a request that changes something."""
         self.enter(headers, role)
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
+        foreign = origin is not None and _netloc(origin) != headers.get("host")
         if foreign or site not in (None, "same-origin"):
             raise ForbiddenError("this comes from another site's page; use the console's own")
         if headers.get("content-type", "").partition(";")[0] != "application/json":
@@ -73,7 +73,7 @@ class Guard:
     def _check_host(self, host: str) -> None:
         if self._any_host:
             return
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _netloc(f"//{host}", without_port=True)
         if name in (*LOOPBACK, self._own_host) or _is_address(name):
             return
         raise ForbiddenError(
@@ -105,6 +105,15 @@ class SecureHeaders:
             await send(message)
 
         await self._app(scope, receive, answer)
+
+
+def _netloc(url: str, *, without_port: bool = False) -> str:
+    """Of which host a URL is; the empty one where it is none."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "") if without_port else parts.netloc
+    except ValueError:  # an unclosed bracket
+        return ""
 
 
 def _is_address(name: str) -> bool:

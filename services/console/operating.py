@@ -7,21 +7,27 @@ from typing import Any, Final, Literal
 
 import httpx
 from fastapi import APIRouter, Depends, Request
+from fastapi import Path as PathOf
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.guard import Guard
 from services.console.watch import Watcher
-from services.core.errors import NothingServingError, RefluxError, UnavailableError
+from services.core.errors import NothingServingError, RefluxError, RegistryError, UnavailableError
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 
 TAIL_BYTES: Final = 64 * 1024
+MAX_VERSION: Final = 10**9  # a longer number is no folder's name
 JOBS_EVERY_S: Final = 5.0
 MODULES: Final = ("ray_jobs.train_teacher", "ray_jobs.distill_student")
 
 
 class ChangedError(RefluxError):
-    """Something else serves than whoever decided had seen."""
+    """Something else serves than whoever decided had seen, or there is nothing to change."""
+
+
+class NoSuchThingError(RefluxError):
+    """No log and no job of that name."""
 
 
 class Change(BaseModel):
@@ -31,8 +37,8 @@ class Change(BaseModel):
 
     action: Literal["promote", "roll_back", "release"]
     kind: Kind
-    version: int | None = Field(None, description="to promote")
-    serving: int
+    version: int | None = Field(None, description="to promote", ge=1, le=MAX_VERSION)
+    serving: int = Field(ge=0, le=MAX_VERSION)
     reason: str = Field("by hand, from the console", max_length=200)
 
 
@@ -104,7 +110,7 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
         guard.change(http.headers, "operate")
 
     @routes.get("/versions/{kind}/{version}", dependencies=[Depends(read)])
-    def version(kind: Kind, version: int) -> dict[str, Any]:
+    def version(kind: Kind, version: int = PathOf(ge=1, le=MAX_VERSION)) -> dict[str, Any]:
         """One version's whole manifest."""
         return registry.manifest(kind, version)
 
@@ -123,10 +129,15 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
             if wanted.version is None:
                 raise ChangedError("say which version to promote")
             registry.promote(wanted.kind, wanted.version, wanted.reason, hold=True)
-        elif wanted.action == "roll_back":
-            registry.roll_back(wanted.kind)
-        else:
+        elif serving == 0:
+            raise ChangedError(f"no {wanted.kind} serves yet: promote one")
+        elif wanted.action == "release":
             registry.release(wanted.kind)
+        else:
+            try:
+                registry.roll_back(wanted.kind)
+            except RegistryError as error:  # nothing served before, or it is gone
+                raise ChangedError(str(error)) from None
         watcher.changed()
         return {"version": registry.serving(wanted.kind).version}
 
@@ -148,7 +159,7 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
     async def job_log(submission_id: str) -> dict[str, str]:
         known = {job["id"] for job in await ray.jobs()}
         if submission_id not in known:
-            raise UnavailableError(f"no such job: {submission_id!r}")
+            raise NoSuchThingError(f"no such job: {submission_id!r}")
         return {"name": submission_id, "text": await ray.log(submission_id)}
 
     return routes
@@ -157,7 +168,7 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
 def _tail(directory: Path, name: str) -> str:
     path = next((path for path in directory.glob("*.log") if path.stem == name), None)
     if path is None:
-        raise UnavailableError(f"no log of that name: {name!r}")
+        raise NoSuchThingError(f"no log of that name: {name!r}")
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - TAIL_BYTES))
         text = log.read().decode(errors="replace")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.aside import Aside
 from services.console.guard import Guard
-from services.core.errors import UnavailableError
+from services.core.errors import RefluxError, UnavailableError
 from services.core.events import Event, EventType, Id, encode
 from services.core.settings import Settings
 
@@ -46,6 +46,14 @@ class Click(BaseModel):
     item_id: Id
     type: EventType = EventType.CLICK
     n: int = Field(10, ge=1, le=50)
+
+
+class RefusedError(RefluxError):
+    """A door doesn't want what it was asked; `status` is its own."""
+
+    def __init__(self, said: str, *, status: int) -> None:
+        self.status = status
+        super().__init__(said)
 
 
 class Doors:
@@ -82,13 +90,18 @@ class Doors:
     async def _ask(self, method: str, url: str, key: str | None, **options: Any) -> dict[str, Any]:
         if url.startswith("/"):
             raise UnavailableError("set REFLUX_GATEWAY_URL and REFLUX_RECOMMEND_URL")
-        headers = {**options.pop("headers", {}), **({"authorization": key} if key else {})}
+        headers = options.pop("headers", {})
+        if key:
+            headers = {**headers, "authorization": key.encode("latin-1")}  # byte for byte
         try:
             response = await self._http.request(method, url, headers=headers, **options)
         except httpx.TransportError as error:
             raise UnavailableError(f"{url} doesn't answer ({type(error).__name__})") from None
         if response.status_code >= 400:
-            raise UnavailableError(f"{url} answered {response.status_code}: {response.text[:500]}")
+            said = f"{url} answered {response.status_code}: {response.text[:500]}"
+            if response.status_code < 500:
+                raise RefusedError(said, status=response.status_code)
+            raise UnavailableError(said)
         return dict(response.json())
 
 

@@ -166,6 +166,8 @@ KEY = "k" * 16
     [
         {"host": "evil.example"},  # a name of theirs that points here
         {"origin": "http://evil.example"},
+        {"host": "["},
+        {"origin": "http://["},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:9999"},
         {"sec-fetch-site": "cross-site"},
