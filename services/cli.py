@@ -245,14 +245,15 @@ def dead_list(
     """Dead letters that have not been replayed yet, oldest first."""
     from services.ingest.dead import dead_letters
 
-    letters = dead_letters(_settings())
-    for letter in letters:
+    any_there = False
+    for letter in dead_letters(_settings()):
+        any_there = True
         shown = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
         shown |= {"at_ms": letter.at_ms, "reason": letter.reason}
         if payload:
             shown |= {"raw": letter.raw.decode(errors="backslashreplace")}
         print(json.dumps(shown) if as_json else "  ".join(map(str, shown.values())))
-    if not letters and not as_json:
+    if not any_there and not as_json:
         print("no dead letters")
 
 

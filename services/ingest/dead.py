@@ -33,9 +33,10 @@ class Dead:
     position: int  # in the dead-letter topic
 
 
-def dead_letters(settings: Settings) -> list[Dead]:
+def dead_letters(settings: Settings) -> Iterator[Dead]:
     """Those of both topics that have not been replayed yet, oldest first."""
-    return [letter for topic in (EVENTS, ITEMS) for letter in _of(settings, topic)]
+    for topic in (EVENTS, ITEMS):
+        yield from _of(settings, topic)
 
 
 def replay(settings: Settings) -> int:

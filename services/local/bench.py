@@ -78,6 +78,28 @@ def fuzz(
 
 
 @app.command()
+def soak(
+    seed: Annotated[int, typer.Option(help="of the load")] = 0,
+    rate: Annotated[float, typer.Option(help="events per second", min=10.0)] = 30.0,
+    minutes: Annotated[float, typer.Option(help="after the first student", min=1.0)] = 30.0,
+) -> None:
+    """Load a stack lightly for long and show what grows: memory, folders, topics; exit 1 on a leak.
+
+    Starts a stack in a home of its own, stops it again, and leaves its logs there.
+    """
+    from services.local.promises import show as show_promises
+    from services.local.soak import Soak, show
+
+    settings = _of_its_own("soak", seed=seed)
+    soaked = Soak(settings, seed=seed, rate=rate, minutes=minutes, report=_report).run()
+    show(soaked)
+    promises = soaked.promises()
+    show_promises(promises)
+    if not all(promise.kept for promise in promises):
+        sys.exit(1)
+
+
+@app.command()
 def console(
     pages: Annotated[int, typer.Option(help="open at once", min=1)] = 20,
     seconds: Annotated[float, typer.Option(help="of each phase", min=1.0)] = 30.0,

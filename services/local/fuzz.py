@@ -13,8 +13,10 @@ from services.core.events import EVENTS, ITEMS, EventType
 
 GATEWAY: Final = "gateway"
 ANSWERS: Final = "answers"
+CONSOLE: Final = "console"
 RECOMMENDATIONS: Final = "/v1/recommendations"
 MAX_DEPTH: Final = 3
+CONSOLE_SHARE: Final = 0.05
 SOUND_SHARE: Final = 0.3  # of records and bodies: nothing wrong with these
 ODD_TEXTS: Final = (
     *("", " ", "\0", "\n", "a\r\nb", "../..", "a/b", "%2e%2e", "\u202e", "\ufeff", "é" * 100),
@@ -24,6 +26,7 @@ ODD_NUMBERS: Final = (
     *(0, -1, 1, 2**31, 2**53 + 1, 2**63, 10**30, 4_102_444_800_001, 1.5, -0.0, 5e-324, 1e308),
     *(float("nan"), float("inf"), float("-inf")),
 )
+ODD_HOSTS: Final = (b"[", b"http://[", b"evil.example", b"\xff", b"::1", b"")
 CONTENT_TYPES: Final = (
     *(b"application/json", b"application/x-ndjson", b"application/json; charset=utf-16"),
     *(b"text/plain", b"", b"multipart/form-data", b"\xff"),
@@ -32,7 +35,7 @@ CONTENT_TYPES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One HTTP request to one of the two servers."""
+    """One HTTP request to one of the servers."""
 
     server: str
     method: str
@@ -51,12 +54,15 @@ class Sent:
 
 
 def calls(seed: int) -> Iterator[Call]:
-    """Requests without end, two thirds of them for the gateway."""
+    """Requests without end, most of them for the gateway, a few for the console."""
     rng = random.Random(seed)
     while True:
         headers = [(b"content-type", rng.choice(CONTENT_TYPES))] if rng.random() < 0.8 else []
         if rng.random() < 0.05:
             headers.append((b"authorization", rng.choice([b"Bearer \xff", b"Basic Og==", b""])))
+        if rng.random() < CONSOLE_SHARE:
+            yield _to_console(rng, headers)
+            continue
         kind = rng.random()
         if kind < 0.3:
             some = [_event(rng) for _ in range(rng.randrange(1, 4))]
@@ -94,6 +100,38 @@ def calls(seed: int) -> Iterator[Call]:
             )
 
 
+def _to_console(rng: random.Random, headers: list[tuple[bytes, bytes]]) -> Call:
+    """All that it has but its stream, which does not end, and the teacher, who takes seconds."""
+    headers = list(headers)
+    if rng.random() < 0.2:
+        name = rng.choice([b"host", b"origin", b"sec-fetch-site"])
+        headers.append(
+            (name, rng.choice([b"[", b"http://[", b"evil.example", b"\xff", b"::1", b""]))
+        )
+    if rng.random() < 0.5:
+        kind = rng.choice(["student", "teacher", _text(rng)])
+        number = rng.choice([*ODD_NUMBERS, *range(6), "x" * 300])
+        path = rng.choice(
+            [
+                *("", "api/status", "api/state", "api/jobs", "api/logs", "api/try/users"),
+                f"api/history?seconds={quote(str(number))}",
+                f"api/versions/{quote(kind, safe='')}/{quote(str(number))}",
+                *(f"{base}/{quote(_text(rng), safe='/')}" for base in ("api/logs", "static")),
+                f"api/jobs/{quote(_text(rng), safe='')}/log",
+            ]
+        )
+        return Call(server=CONSOLE, method="GET", path=f"/{path}", headers=headers)
+    path, sound = rng.choice(
+        [
+            ("versions", _change(rng)),
+            ("try/answers", _question(rng)),
+            ("try/click", {n: v for n, v in _event(rng).items() if n in ("user_id", "item_id")}),
+        ]
+    )
+    body = _body(rng, sound)
+    return Call(server=CONSOLE, method="POST", path=f"/api/{path}", headers=headers, body=body)
+
+
 def records(seed: int) -> Iterator[Sent]:
     """Records without end, most of them for `events`. Every event has an id of its own."""
     rng = random.Random(seed)
@@ -120,6 +158,15 @@ def _item(rng: random.Random) -> dict[str, Any]:
         "item_id": f"fuzz-item-{rng.randrange(300)}",
         "title": "".join(rng.choices(string.printable, k=12)),
         "categories": rng.sample(["a", "b", "c"], rng.randrange(4)),
+    }
+
+
+def _change(rng: random.Random) -> dict[str, Any]:
+    return {
+        "action": rng.choice(["promote", "roll_back", "release"]),
+        "kind": rng.choice(["student", "teacher"]),
+        "version": rng.randrange(5),
+        "serving": rng.randrange(20),
     }
 
 

@@ -1,0 +1,12 @@
+import numpy as np
+
+from services.local.soak import slope
+
+
+def test_a_leak_shows_and_noise_does_not() -> None:
+    at_s = np.arange(0, 1_800, 5.0)
+    noise = np.random.default_rng(0).normal(0, 2, len(at_s))
+    flat = slope("flat", list(zip(at_s, 200 + noise, strict=True)))
+    assert flat.low < 0 < flat.high
+    leak = slope("leak", list(zip(at_s, 200 + noise + at_s / 90, strict=True)))
+    assert 0 < leak.low < 40 < leak.high
