@@ -24,6 +24,7 @@ LOOPBACK = "127.0.0.1"
 # For the head of a Ray of several nodes: by default it takes a silent one for dead after 65 s, with
 # these after 24 s, and what its peers wait for goes on elsewhere. deploy/ has the same.
 LOST_NODE = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
+LOG_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,18 @@ def stop_tree(pid: int, *, grace_s: float) -> None:
     for process in alive:
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=5.0)
+
+
+def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:
+    """Begin each log anew that has grown too long; the one before stays beside it, as `.log.1`.
+
+    Whoever writes goes on writing, at the new end: logs are opened for appending. What comes
+    between the copy and the cut is lost.
+    """
+    for log in logs.glob("*.log"):
+        if log.stat().st_size > most_bytes:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
 
 
 def free_port(wanted: int = 0) -> int:

@@ -84,7 +84,8 @@ class Stack:
         stack_path(self.settings).unlink(missing_ok=True)
 
     def supervise(self) -> None:
-        """One look: restart what died, with back-off (1, 2, 4 ... 30 s)."""
+        """One look: restart what died, with back-off (1, 2, 4 ... 30 s); no log grows for ever."""
+        processes.rotate_logs(self.settings.logs)
         for name, child in list(self._children.items()):
             if child.process.running or time.monotonic() < child.not_before:
                 continue

@@ -17,7 +17,7 @@ from services.core.settings import Settings
 from services.local import learning
 from services.local.jobs import Job, JobKind
 from services.local.learning import TeacherState, refresh_due
-from services.local.processes import Command, Process
+from services.local.processes import Command, Process, rotate_logs
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth
 
@@ -129,6 +129,17 @@ def test_a_refresh_that_an_operator_asked_for_and_that_fails_is_tried_again(
     for _ in range(2):
         watching.tick()
     assert started == ["teacher"]
+
+
+def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    with log.open("ab", buffering=0) as writing:
+        writing.write(b"x" * 11)
+        rotate_logs(tmp_path, most_bytes=10)
+        writing.write(b"go on")
+    rotate_logs(tmp_path, most_bytes=10)
+    assert log.read_bytes() == b"go on"
+    assert (tmp_path / "worker.log.1").read_bytes() == b"x" * 11
 
 
 def test_pacing_holds_the_rate_and_loses_nothing() -> None:
