@@ -42,6 +42,7 @@ from services.local.learning import LearningJobs
 from services.local.prober import Prober
 from services.local.replay import event_lines, paced, produce_history, send_batch, send_items
 from services.local.stack import Stack
+from services.local.waiting import wait
 
 HISTORY_SHARE = 0.5
 LOOK_EVERY_S = 1.0
@@ -241,13 +242,7 @@ class Demo:
         )
 
     def _until(self, done: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not done():
-            if time.monotonic() > deadline:
-                raise UnavailableError(
-                    f"{what} was not done after {WAIT_S:g} s; see {self._settings.logs}"
-                )
-            time.sleep(0.5)
+        wait(what, done, give_up_s=WAIT_S, every_s=0.5, logs=self._settings.logs)
 
 
 class _Screen:

@@ -28,6 +28,7 @@ from services.local.jobs import Jobs
 from services.local.nodes import Cluster, Node, Wires
 from services.local.promises import Promise
 from services.local.replay import keyed_lines
+from services.local.waiting import wait
 
 HISTORY: Final = 6_000  # events in the log before the first teacher
 RATE: Final = 50.0  # events/s meanwhile
@@ -312,11 +313,7 @@ class Rehearsal:
         return {} if version is None else dict(self._registry.manifest("student", version))
 
     def _until(self, what: str, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + GIVE_UP_S
-        while not done():
-            if time.monotonic() > deadline:
-                raise RefluxError(f"{what}: not within {GIVE_UP_S:g} s; see {self._given.logs}")
-            time.sleep(POLL_S)
+        wait(what, done, give_up_s=GIVE_UP_S, every_s=POLL_S, logs=self._given.logs)
 
 
 def feature_worker(settings: Settings) -> processes.Process:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from services.core.errors import RefluxError
@@ -9,10 +10,18 @@ from services.core.errors import RefluxError
 POLL_S: Final = 0.1
 
 
-def wait(what: str, done: Callable[[], bool], *, give_up_s: float) -> None:
-    """Until it is done; `RefluxError` says what was not."""
+def wait(
+    what: str,
+    done: Callable[[], bool],
+    *,
+    give_up_s: float,
+    every_s: float = POLL_S,
+    logs: Path | None = None,
+) -> None:
+    """Until it is done; `RefluxError` says what was not, and where one can read why."""
     deadline = time.monotonic() + give_up_s
     while not done():
         if time.monotonic() > deadline:
-            raise RefluxError(f"{what}: not within {give_up_s:g} s")
-        time.sleep(POLL_S)
+            hint = "" if logs is None else f"; see {logs}"
+            raise RefluxError(f"{what}: not within {give_up_s:g} s{hint}")
+        time.sleep(every_s)
