@@ -143,7 +143,7 @@ def run(home: Path, peers: Peers, *, since: Path | None = None) -> State:
         config=RECIPE.distill,
         peers=peers,
         keep=lambda: checkpoint.save(state, home / f"kept-{next(kept)}", rank=peers.rank),
-        now_s=lambda: float(next(clock)),
+        now_s=lambda: 1000.0 * peers.rank + next(clock),  # each machine's clock has its own zero
     )
     distiller.begin()
     for _ in range(TICKS):
