@@ -87,14 +87,17 @@ def down() -> None:
 @app.command()
 def status(as_json: JsonOption = False) -> None:
     """Rates, lag, freshness, versions and prequential quality."""
-    from services.local.status import render_status
+    from services.local.status import demo_beside, render_status
     from services.local.status import status as look
 
-    found = look(_settings())
+    settings = _settings()
+    found = look(settings)
     if as_json:
         print(json.dumps(found, indent=2))
-    else:
-        render_status(found)
+        return
+    render_status(found)
+    if hint := demo_beside(settings):
+        print(hint)
 
 
 @app.command()

@@ -14,6 +14,11 @@ def stack_path(settings: Settings) -> Path:
     return settings.home.absolute() / STACK_FILE
 
 
+def demo_of(settings: Settings) -> Settings:
+    """The settings that `reflux demo` runs with."""
+    return settings.model_copy(update={"home": settings.home.absolute() / "demo"})
+
+
 def read_stack(settings: Settings) -> dict[str, Any] | None:
     """What the running stack of this home wrote; None where there is none."""
     try:

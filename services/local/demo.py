@@ -33,6 +33,7 @@ from services.core.errors import RefluxError, UnavailableError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind
 from services.core.settings import Settings
+from services.core.stackfile import demo_of
 from services.local import report
 from services.local.__main__ import finish, look
 from services.local.asker import Asker
@@ -67,7 +68,7 @@ class Demo:
         """`probe_every_s`: also see how soon an event shows in an answer, as often; 0: no."""
         self._data_home = settings.home
         self._probe_every_s = probe_every_s
-        self._settings = settings.model_copy(update={"home": settings.home.absolute() / "demo"})
+        self._settings = demo_of(settings)
         self._dataset = dataset
         self._rate = rate
         self._max_events = max_events

@@ -6,6 +6,7 @@ import httpx
 
 from services.console.observe import Observer
 from services.core.settings import Settings
+from services.core.stackfile import demo_of, read_stack
 
 TIMEOUT_S = 5.0
 NOT_SHOWN = (
@@ -36,6 +37,14 @@ def status(settings: Settings) -> dict[str, Any]:
         except httpx.TransportError:
             pass
     return Observer(settings).look().to_dict()
+
+
+def demo_beside(settings: Settings) -> str | None:
+    """How to see the demo that runs, where nothing else does: it has a home of its own."""
+    demo = demo_of(settings)
+    if read_stack(settings) is not None or read_stack(demo) is None:
+        return None
+    return f"a demo runs: `REFLUX_HOME={demo.home} reflux status` shows it"
 
 
 def render_status(found: dict[str, Any]) -> None:

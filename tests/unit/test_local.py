@@ -20,6 +20,7 @@ from services.local.learning import TeacherState, refresh_due
 from services.local.processes import Command, Process, rotate_logs
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth
+from services.local.status import demo_beside
 
 NOW_MS = 1_000 * 60_000
 SETTINGS = Settings(teacher_every_minutes=30, teacher_every_events=1_000, teacher_first_events=100)
@@ -226,3 +227,13 @@ def test_help_answers_without_heavy_imports() -> None:
 def _start(code: str, logs: Path) -> Process:
     argv = [sys.executable, "-c", code]
     return Process(Command(name="child", argv=argv, ready=lambda: False, env={}), logs=logs)
+
+
+def test_status_points_to_a_demo_that_runs_alone(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    assert demo_beside(settings) is None
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "stack.json").write_text("{}")
+    assert f"REFLUX_HOME={tmp_path}/demo" in (demo_beside(settings) or "")
+    (tmp_path / "stack.json").write_text("{}")
+    assert demo_beside(settings) is None
