@@ -126,31 +126,18 @@ def teacher(blocks: Blocks, folder: Path) -> Iterator[Ranked]:
 
 
 def student(blocks: Blocks, recipe: Recipe, *, folder: Path | None, seed: int) -> Iterator[Ranked]:
-    """The job's student: warmed up on the first block; each other one is met as a stream, then
-    comes a warm-up on all so far, as when a job takes up a new teacher.
+    """The job's student, begun anew at every block as the factorisation is: warmed up on all so
+    far with the block's teacher. No folder of teachers: hard labels only.
 
-    The teacher of a block labels that block. No folder of them: hard labels only.
+    Without an order nothing tells the old from the new, and a student that lives on from block to
+    block is left with less (EXPERIMENTS.md).
     """
-    ends, begin_s = blocks.ends, time.monotonic()
-    kept = labelling(folder, ends) if folder else {}
-    with learner(
-        blocks.events, recipe, kept=kept, seed=seed, first=ends[0], last=ends[0]
-    ) as learning:
-        for block, end in enumerate(ends):
-            learning.source.last = end
-            while learning.source.at < end:
-                learning.distiller.tick()
-            learning.distiller.checkpoint()
-            if block:
-                learning.warm_up()
+    begin_s = time.monotonic()
+    for block, end in enumerate(blocks.ends):
+        kept = {} if folder is None else {0: folder / str(end)}
+        with learner(blocks.events, recipe, kept=kept, seed=seed, first=end, last=end) as learning:
             spent_s = time.monotonic() - begin_s
             yield _ranked(learning.state.student, blocks, block, train_s=spent_s)
-
-
-def labelling(folder: Path, ends: Sequence[int]) -> dict[int, Path]:
-    """The teachers by the place from which on they label: each from the begin of its block."""
-    begins = [0, *(end + 1 for end in ends[:-1])]  # at an `end` itself the block before is learned
-    return {begin: folder / str(end) for begin, end in zip(begins, ends, strict=True)}
 
 
 def _ranked(model: Recommender, blocks: Blocks, block: int, *, train_s: float) -> Ranked:

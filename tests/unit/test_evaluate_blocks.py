@@ -117,7 +117,7 @@ def test_a_set_is_read_whole_and_in_any_order(data: Blocks) -> None:
         torch.testing.assert_close(hidden_UD[user], expected_D)
 
 
-def test_a_student_learns_block_after_block_by_its_teachers(data: Blocks, tmp_path: Path) -> None:
+def test_a_student_sees_each_block_as_its_teacher_does(data: Blocks, tmp_path: Path) -> None:
     recipe = recipes.load("blocks_cpu")
     recipe = replace(
         recipe,
@@ -145,11 +145,6 @@ def test_a_student_learns_block_after_block_by_its_teachers(data: Blocks, tmp_pa
         assert ours.shape == (N_USERS, data.known_rows(block) - 1)
         alike = torch.corrcoef(torch.stack([theirs.flatten(), ours.flatten()]))[0, 1]
         assert alike > 0.5  # it begins as this block's teacher sees the items, and learns slowly
-
-
-def test_no_teacher_labels_before_its_block_has_begun() -> None:
-    kept = block_rankers.labelling(Path("teachers"), [100, 150, 180])
-    assert {place: path.name for place, path in kept.items()} == {0: "100", 101: "150", 151: "180"}
 
 
 def test_a_recipe_that_reads_an_order_is_refused(path: Path, tmp_path: Path) -> None:
