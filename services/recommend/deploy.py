@@ -118,6 +118,8 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
         "HAPROXY_ON_LOOPBACK": get_haproxy_binary(),
         # User code in the replica's own event loop, no log line on the way: half the CPU.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # A request line longer than its 16 KB is cut off, often before its 400 is read.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**15),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),

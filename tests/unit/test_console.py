@@ -3,18 +3,24 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.samples import Sample
 
+from services.console import trying
+from services.console.aside import Aside
 from services.console.guard import Guard
 from services.console.observe import ratios
 from services.console.recent import Looks
 from services.console.scrape import Samples, buckets, increase, parsed, quantile
 from services.console.store import KEPT_VERSIONS, RINGS, Store
 from services.console.versions import ROLLING_EVENTS, Versions
-from services.core.errors import ForbiddenError, UnauthorizedError
+from services.core.errors import ForbiddenError, UnauthorizedError, UnavailableError
+from services.core.events import Event
 from services.core.registry import Registry
 from services.core.settings import Settings
 
@@ -194,3 +200,34 @@ def test_with_keys_a_key_opens_what_its_roles_allow() -> None:
     with pytest.raises(ForbiddenError, match="operate"):
         guard.change(viewer, "operate")
     guard.change({**named, "authorization": f"Bearer {'o' * 16}"}, "operate")
+
+
+class WithoutHistories(trying.Doors):
+    """The online store is away."""
+
+    async def send(self, event: Event, *, key: str | None) -> None:
+        pass
+
+    async def recommend(self, whom: trying.Whom, *, key: str | None) -> dict[str, Any]:
+        return {"items": []}
+
+    async def history(self, user_id: str, *, n: int, key: str | None) -> dict[str, Any]:
+        raise UnavailableError("the online store took longer than 0.25 s")
+
+
+def test_a_click_that_kafka_has_is_no_error_whatever_comes_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever gets an error clicks again, and the event counts twice."""
+    monkeypatch.setattr(trying, "KNOWN_WITHIN_S", 0.05)
+    settings = Settings()
+    app = FastAPI()
+    app.include_router(
+        trying.router(Guard(settings), WithoutHistories(settings), Aside(settings.environment()))
+    )
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        clicked = client.post("/api/try/click", json={"user_id": "a", "item_id": "b"})
+        told = client.post("/api/try/answers", json={"user_id": "a"})
+    assert (clicked.status_code, clicked.json()["known_ms"]) == (200, None)
+    assert clicked.json()["answered_ms"] >= clicked.json()["accepted_ms"]
+    assert (told.status_code, told.json()["history"]) == (200, None)

@@ -106,7 +106,10 @@ async function click(item) {
       const type = $("event-type").value;
       const found = await api("/api/try/click", { user_id: user, item_id: item.item_id, type });
       show({ ...found, trending: null });
-      news([`${user}: ${type} on `, h("b", {}, title), `. Kafka had it after ${time(found.accepted_ms)}, features after ${time(found.known_ms)}, and the answer that knows it came after `, h("b", {}, time(found.answered_ms)), "."]);
+      const features = missing(found.known_ms)
+        ? "; features still don't (see the feature worker's lag and log). The answer came after "
+        : `, features after ${time(found.known_ms)}, and the answer that knows it came after `;
+      news([`${user}: ${type} on `, h("b", {}, title), `. Kafka had it after ${time(found.accepted_ms)}${features}`, h("b", {}, time(found.answered_ms)), "."]);
     }
   } catch (error) {
     say(error.message, { bad: true });
