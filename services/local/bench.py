@@ -12,7 +12,13 @@ import typer
 if TYPE_CHECKING:
     from services.core.settings import Settings
 
-app = typer.Typer(help="Runs that show what is promised.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Runs that show what is promised."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
 
 
 @app.command()
@@ -165,7 +171,6 @@ def serve(
     sizes = sorted(set(items or [10_000]))
     if sizes[0] < log.items.num_rows:
         raise RefluxError(f"--items {sizes[0]}: {dataset} alone has {log.items.num_rows}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     with tempfile.TemporaryDirectory(prefix="reflux-bench-") as home:
         os.environ["REFLUX_HOME"] = home
         settings = Settings.load()
@@ -205,7 +210,6 @@ def freshness(
     """
     from services.local.demo import Demo
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     given = {"RECIPE": "tiny_cpu", "CHECKPOINT_EVERY_S": "30", "PUBLISH_EVERY_S": "5"}
     settings = _of_its_own("freshness", seed=0, **given)
     Demo(
@@ -237,7 +241,6 @@ def cluster(
     from services.local.promises import show
 
     secured()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     settings = _of_its_own("cluster", seed=0, RECIPE="smoke_cluster", PUBLISH_EVERY_S="1")
     run = rehearsal.Rehearsal(settings, nodes=nodes, namespaces=namespaces, report=_report)
     if scaling:
