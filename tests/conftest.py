@@ -21,6 +21,14 @@ def fresh_kafka(tmp_path: Path) -> Iterator[str]:
     yield from _broker(tmp_path)
 
 
+@pytest.fixture
+def another_kafka(tmp_path: Path) -> Iterator[str]:
+    """The same once more."""
+    logs = tmp_path / "another"
+    logs.mkdir()
+    yield from _broker(logs)
+
+
 @pytest.fixture(scope="session")
 def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Redis for all tests, who therefore use user and item ids of their own."""

@@ -62,7 +62,7 @@ def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
 
 
 def test_a_topic_created_anew_is_noticed_and_read_from_its_start(
-    kafka_bootstrap: str, fresh_kafka: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    another_kafka: str, fresh_kafka: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = tmp_path / "home"
     before = settings_of(fresh_kafka, home)
@@ -77,7 +77,7 @@ def test_a_topic_created_anew_is_noticed_and_read_from_its_start(
             log.append(events_table(part))
 
     # Another broker, with the same offline log: as if the first had restarted without its data.
-    after = before.model_copy(update={"kafka_bootstrap": kafka_bootstrap})
+    after = before.model_copy(update={"kafka_bootstrap": another_kafka})
     ensure_topics(after)
     with closing(EventStream(after, positions)) as stream:
         assert "created anew" in caplog.text
