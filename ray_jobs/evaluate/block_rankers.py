@@ -2,7 +2,7 @@
 scores after each.
 
 Who has had nothing gets what is popular. The teacher and the students are the jobs' own code:
-`teacher_training.train`, `warm_up`, `Distiller`.
+`teacher_training.train`, `warm_up`.
 
 Shapes: N events of all training splits, M users asked for, U users, D width, V rows known by then.
 """

@@ -170,7 +170,7 @@ class Learner:
         """On all that has been met, from where the student stands."""
         begin_s = time.monotonic()
         warm_up(self.state, self.teachers, self._config, ALONE)
-        self.warm_s += time.monotonic() - begin_s
+        self.warm_s = time.monotonic() - begin_s
 
     @contextmanager
     def twin(self, *, publish_every_s: float) -> Iterator["Learner"]:

@@ -178,7 +178,8 @@ def router(guard: Guard, doors: Doors, aside: Aside) -> APIRouter:
         accepted_ms = since_ms()
         known: dict[str, Any] | None = None
         known_ms: float | None = None
-        # No error from here on: whoever gets one clicks again, and the event is in Kafka already.
+        # Features that are late or out of reach are no error: whoever gets one clicks again, and
+        # the event is in Kafka already.
         while since_ms() < 1000 * KNOWN_WITHIN_S:
             known = await doors.history_in_reach(clicked.user_id, n=SHOWN_EVENTS, key=key)
             if known and any(

@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,9 +33,9 @@ class Dead:
     position: int  # in the dead-letter topic
 
 
-def dead_letters(settings: Settings) -> Iterator[Dead]:
-    """Those of both topics that have not been replayed yet, oldest first."""
-    for topic in (EVENTS, ITEMS):
+def dead_letters(settings: Settings, topics: Sequence[str] = (EVENTS, ITEMS)) -> Iterator[Dead]:
+    """Those of these topics that have not been replayed yet, each topic's oldest first."""
+    for topic in topics:
         yield from _of(settings, topic)
 
 

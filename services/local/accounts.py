@@ -32,11 +32,7 @@ def account(
     rows = log.read(since=begin, columns=columns).to_pydict()
     logged = set(zip(rows["partition"], rows["offset"], strict=True))
     event_ids = set(rows.get("event_id", ()))
-    dead = {
-        (letter.partition, letter.offset)
-        for letter in dead_letters(settings)
-        if letter.topic == topic
-    }
+    dead = {(letter.partition, letter.offset) for letter in dead_letters(settings, [topic])}
     found: Counter[str] = Counter()
     gone: set[str] = set()  # users
     rest: dict[Position, bytes] = {}

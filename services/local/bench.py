@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from services.core.settings import Settings
+    from services.local.promises import Promise
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,7 +41,6 @@ def chaos(
     from services.local.chaos import Chaos, show
     from services.local.disks import may_mount
     from services.local.faults import FAULTS
-    from services.local.promises import show as show_promises
 
     chosen = [one for one in FAULTS if one.name.startswith(tuple(fault or [""]))]
     for name in fault or []:
@@ -58,9 +60,7 @@ def chaos(
     )
     outcomes, promises = Chaos(settings, seed=seed, rate=rate, faults=chosen, report=_report).run()
     show(outcomes)
-    show_promises(promises)
-    if not all(promise.kept for promise in promises):
-        sys.exit(1)
+    _judge(promises)
 
 
 @app.command()
@@ -71,16 +71,13 @@ def fuzz(
 ) -> None:
     """Send what nobody would send on purpose; exit 1 if anything is unaccounted for, or a 5xx."""
     from services.local.fuzzing import Fuzz
-    from services.local.promises import show
 
     # What is shown would be events that nobody has counted.
     settings = _of_its_own("fuzz", seed=seed, IMPRESSIONS="false")
     promises = Fuzz(
         settings, seed=seed, n_records=records, n_requests=requests, report=_report
     ).run()
-    show(promises)
-    if not all(promise.kept for promise in promises):
-        sys.exit(1)
+    _judge(promises)
 
 
 @app.command()
@@ -93,16 +90,12 @@ def soak(
 
     Starts a stack in a home of its own, stops it again, and leaves its logs there.
     """
-    from services.local.promises import show as show_promises
     from services.local.soak import Soak, show
 
     settings = _of_its_own("soak", seed=seed)
     soaked = Soak(settings, seed=seed, rate=rate, minutes=minutes, report=_report).run()
     show(soaked)
-    promises = soaked.promises()
-    show_promises(promises)
-    if not all(promise.kept for promise in promises):
-        sys.exit(1)
+    _judge(soaked.promises())
 
 
 @app.command()
@@ -182,9 +175,7 @@ def serve(
             swap_every_s=swap_every,
             ingest_per_s=ingest,
         )
-        bench = Bench(
-            settings, wanted, choice, report=lambda message: print(message, file=sys.stderr)
-        )
+        bench = Bench(settings, wanted, choice, log, report=_report)
         rows = []
         try:
             ceiling = bench.ceiling()
@@ -238,7 +229,6 @@ def cluster(
     """
     from services.local import rehearsal
     from services.local.nodes import secured
-    from services.local.promises import show
 
     secured()
     settings = _of_its_own("cluster", seed=0, RECIPE="smoke_cluster", PUBLISH_EVERY_S="1")
@@ -249,6 +239,13 @@ def cluster(
     else:
         blows, promises = run.faults()
         rehearsal.render_faults(blows)
+    _judge(promises)
+
+
+def _judge(promises: "Sequence[Promise]") -> None:
+    """Show them; exit 1 where one was broken."""
+    from services.local.promises import show
+
     show(promises)
     if not all(promise.kept for promise in promises):
         sys.exit(1)

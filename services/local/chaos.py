@@ -5,13 +5,11 @@ between them are the same in every run with the same seed.
 """
 
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-import httpx
 import psutil
 
 from services.core.errors import RefluxError
@@ -21,10 +19,8 @@ from services.local.audit import answered, audit_state
 from services.local.disks import SmallDisk
 from services.local.faults import Fault, World
 from services.local.load import Asker, Producer
-from services.local.load import events as seeded
-from services.local.probe import DEADLINE_S, Probe, settled
+from services.local.probe import DEADLINE_S, Probe, settled, under_load
 from services.local.promises import Promise
-from services.local.stack import tear_down
 from services.local.waiting import wait
 
 ANSWERED_SHARE: Final = 0.999
@@ -85,44 +81,19 @@ class Chaos:
         for disk in disks:
             disk.mount()
         try:
-            daemon.start(self._settings, report=self._report)
-            return self._under_load(Settings.load())  # with the addresses of what runs now
+            with daemon.running(self._settings, report=self._report) as settings:
+                return self._under_load(settings)
         finally:
-            tear_down(self._settings, report=self._report)
             for disk in disks:
                 disk.unmount()
 
     def _under_load(self, settings: Settings) -> tuple[list[Outcome], list[Promise]]:
-        keys = settings.keys
-        with (
-            httpx.Client(
-                base_url=settings.gateway_url, timeout=30, headers=keys.header("produce")
-            ) as events,
-            httpx.Client(
-                base_url=settings.recommend_url,
-                timeout=DEADLINE_S,
-                headers=keys.header("recommend"),
-            ) as answers,
-        ):
-            producer = Producer(events, seeded(self._seed), self._rate)
-            asker = Asker(answers, self._seed, self._rate / 10)
-            stop = threading.Event()
-            producing = threading.Thread(target=producer.run, args=(stop,))
-            asking = threading.Thread(target=asker.run, args=(stop,))
-            producing.start()
-            try:
-                probe = Probe(settings, events)
-                wait("a first student", probe.answers, give_up_s=GIVE_UP_S)
-                asking.start()
-                world = World(settings=settings, producer=producer, disks=self._disks)
-                outcomes = [self._break(fault, world, probe) for fault in self._order()]
-            finally:
-                stop.set()
-                producing.join()
-                if asking.ident is not None:
-                    asking.join()
-            self._report("auditing")
-            quiet = self._comes_to_rest(settings)
+        load = under_load(settings, seed=self._seed, rate=self._rate, ready_s=GIVE_UP_S)
+        with load as (producer, asker, probe):
+            world = World(settings=settings, producer=producer, disks=self._disks)
+            outcomes = [self._break(fault, world, probe) for fault in self._order()]
+        self._report("auditing")
+        quiet = self._comes_to_rest(settings)
         outcomes = [_told(one, asker, producer) for one in outcomes]
         forgot = [one.window for one in outcomes if one.fault.forgets]
         proxyless = [one.window for one in outcomes if one.fault.single_proxy]

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from services.core.errors import UnavailableError
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
-from services.local.stack import Report, refuse_second_stack
+from services.local.stack import Report, refuse_second_stack, tear_down
 
 TIMEOUT_S = 300.0
 
@@ -41,3 +43,13 @@ def start(settings: Settings, *, report: Report) -> dict[str, Any]:
             raise UnavailableError(f"the stack did not start; see {log}")
         time.sleep(0.2)
     raise UnavailableError(f"the stack was not ready after {TIMEOUT_S:g} s; see {log}")
+
+
+@contextmanager
+def running(settings: Settings, *, report: Report) -> Iterator[Settings]:
+    """A stack, stopped at the end; the settings with the addresses of what runs."""
+    try:
+        start(settings, report=report)
+        yield Settings.load()
+    finally:
+        tear_down(settings, report=report)

@@ -193,6 +193,7 @@ class Demo:
         observer = Observer(self._settings)
         observer.mark()  # the import of history was no live traffic
         threads: list[_Producer | _Repeat | Asker | Prober] = [producer, supervising, asker]
+        prober = None
         if self._probe_every_s:
             prober = Prober(self._settings, every_s=self._probe_every_s)
             threads.append(prober)
@@ -212,7 +213,7 @@ class Demo:
                 thread.stop()
                 thread.join(timeout=10.0)
             self._observe(observer, producer, asker, total=last - first)
-        if self._probe_every_s:
+        if prober:
             self._record.probed = prober.seen()
         if producer.error:
             raise producer.error

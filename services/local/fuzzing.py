@@ -25,8 +25,7 @@ from services.local.load import Producer
 from services.local.load import events as seeded
 from services.local.probe import Probe, settled
 from services.local.promises import Promise
-from services.local.stack import tear_down
-from services.local.waiting import wait
+from services.local.waiting import alongside, wait
 
 READY_S: Final = 600.0  # for a first student
 SLOWEST_PER_S: Final = 200  # of what was sent, read and learned
@@ -71,11 +70,8 @@ class Fuzz:
 
     def run(self) -> list[Promise]:
         """Start, send, account, stop."""
-        daemon.start(self._settings, report=self._report)
-        try:
-            return self._fuzz(Settings.load())  # with the addresses of what runs now
-        finally:
-            tear_down(self._settings, report=self._report)
+        with daemon.running(self._settings, report=self._report) as settings:
+            return self._fuzz(settings)
 
     def _fuzz(self, settings: Settings) -> list[Promise]:
         self._teach(settings)
@@ -106,17 +102,11 @@ class Fuzz:
 
     def _teach(self, settings: Settings) -> None:
         """Sound events until a student answers: before that, a 503 is the right answer."""
-        stop = threading.Event()
-        with httpx.Client(base_url=settings.gateway_url, timeout=30) as events:
-            producing = threading.Thread(
-                target=Producer(events, seeded(self._seed), rate=200.0).run, args=(stop,)
-            )
-            producing.start()
-            try:
-                wait("a first student", Probe(settings, events).answers, give_up_s=READY_S)
-            finally:
-                stop.set()
-                producing.join()
+        with (
+            httpx.Client(base_url=settings.gateway_url, timeout=30) as events,
+            alongside(Producer(events, seeded(self._seed), rate=200.0).run),
+        ):
+            wait("a first student", Probe(settings, events).answers, give_up_s=READY_S)
         wait("everything read and learned", lambda: settled(settings), give_up_s=READY_S)
 
     def _publish(self, settings: Settings) -> Counter[str]:

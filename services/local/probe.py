@@ -2,7 +2,9 @@
 
 import time
 import uuid
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
 
 import httpx
 
@@ -13,6 +15,9 @@ from services.core.registry import Registry
 from services.core.settings import Settings
 from services.local.audit import newest_ledger
 from services.local.faults import Concern
+from services.local.load import Asker, Producer
+from services.local.load import events as seeded
+from services.local.waiting import alongside, wait
 
 DEADLINE_S: Final = 1.0  # of an answer, and of an event on its way to the features
 
@@ -86,3 +91,37 @@ def settled(settings: Settings) -> bool:
     ledger = newest_ledger(settings.checkpoints)
     end = EventLog(settings.offline).end()
     return {p: ranges[-1][1] for p, ranges in ledger.items() if ranges} == end
+
+
+class Load(NamedTuple):
+    """What a stack is under: both keep books of what came of it."""
+
+    producer: Producer
+    asker: Asker
+    probe: Probe
+
+
+@contextmanager
+def under_load(settings: Settings, *, seed: int, rate: float, ready_s: float) -> Iterator[Load]:
+    """Seeded events and, once there is a first student, a tenth as many requests.
+
+    `RefluxError` where none answers within `ready_s`.
+    """
+    keys = settings.keys
+    with (
+        httpx.Client(
+            base_url=settings.gateway_url, timeout=30, headers=keys.header("produce")
+        ) as gateway,
+        httpx.Client(
+            base_url=settings.recommend_url, timeout=DEADLINE_S, headers=keys.header("recommend")
+        ) as endpoint,
+    ):
+        load = Load(
+            producer=Producer(gateway, seeded(seed), rate),
+            asker=Asker(endpoint, seed, rate / 10),
+            probe=Probe(settings, gateway),
+        )
+        with alongside(load.producer.run):
+            wait("a first student", load.probe.answers, give_up_s=ready_s)
+            with alongside(load.asker.run):
+                yield load

@@ -28,7 +28,7 @@ from services.local.jobs import Jobs
 from services.local.nodes import Cluster, Node, Wires
 from services.local.promises import Promise
 from services.local.replay import keyed_lines
-from services.local.waiting import wait
+from services.local.waiting import alongside, wait
 
 HISTORY: Final = 6_000  # events in the log before the first teacher
 RATE: Final = 50.0  # events/s meanwhile
@@ -92,9 +92,9 @@ class Feed:
     @contextmanager
     def flowing(self, rate: float) -> Iterator[None]:
         """At `rate` events/s from another thread, whose error is raised at the end."""
-        stop, errors = threading.Event(), list[Exception]()
+        errors = list[Exception]()
 
-        def run() -> None:
+        def run(stop: threading.Event) -> None:
             begin = time.monotonic()
             n_sent = 0
             while not stop.wait(TICK_S):
@@ -106,13 +106,8 @@ class Feed:
                     return
                 n_sent += n_due
 
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
+        with alongside(run):
             yield
-        finally:
-            stop.set()
-            thread.join()
         if errors:
             raise errors[0]
 

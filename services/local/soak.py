@@ -6,7 +6,6 @@ variance counts (1 + r) / (1 - r) times, r being the residuals' correlation with
 """
 
 import os
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
 import numpy as np
 import psutil
 
@@ -24,13 +22,9 @@ from services.core.kafka import end_offsets
 from services.core.settings import Settings
 from services.local import daemon
 from services.local.faults import commands
-from services.local.load import Asker, Producer
-from services.local.load import events as seeded
-from services.local.probe import DEADLINE_S, Probe
+from services.local.probe import DEADLINE_S, under_load
 from services.local.processes import ray_scratch
 from services.local.promises import Promise
-from services.local.stack import tear_down
-from services.local.waiting import wait
 
 READY_S: Final = 600.0
 EVERY_S: Final = 5.0
@@ -40,6 +34,8 @@ LEAK_MB_PER_HOUR: Final = 6.0  # surely more than this is a leak
 BROKER: Final = "tansu"  # keeps the log in memory, and grows with it
 FOLDERS: Final = ("offline", "registry", "checkpoints", "redis", "logs")
 OF_RAY: Final = "ray's session"
+
+_Sizes = tuple[dict[str, float], dict[str, float]]  # folders in MB, topics in records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,33 +96,14 @@ class Soak:
         self._report = report
 
     def run(self) -> Soaked:
-        daemon.start(self._settings, report=self._report)
-        try:
-            return self._soak(Settings.load())  # with the addresses of what runs now
-        finally:
-            tear_down(self._settings, report=self._report)
+        with daemon.running(self._settings, report=self._report) as settings:
+            return self._soak(settings)
 
     def _soak(self, settings: Settings) -> Soaked:
-        with (
-            httpx.Client(base_url=settings.gateway_url, timeout=30) as events,
-            httpx.Client(base_url=settings.recommend_url, timeout=DEADLINE_S) as answers,
-        ):
-            producer = Producer(events, seeded(self._seed), self._rate)
-            asker = Asker(answers, self._seed, self._rate / 10)
-            stop = threading.Event()
-            producing = threading.Thread(target=producer.run, args=(stop,))
-            asking = threading.Thread(target=asker.run, args=(stop,))
-            producing.start()
-            try:
-                wait("a first student", Probe(settings, events).answers, give_up_s=READY_S)
-                asking.start()
-                self._report(f"{self._whole_s / 60:g} minutes")
-                slopes, before, after = self._watch(settings)
-            finally:
-                stop.set()
-                producing.join()
-                if asking.ident is not None:
-                    asking.join()
+        load = under_load(settings, seed=self._seed, rate=self._rate, ready_s=READY_S)
+        with load as (producer, asker, _):
+            self._report(f"{self._whole_s / 60:g} minutes")
+            slopes, before, after = self._watch(settings)
         late = sum(not one.good(DEADLINE_S) for one in asker.asked)
         folders, topics = (
             {name: (one.get(name, 0.0), other[name]) for name in other}
@@ -141,7 +118,7 @@ class Soak:
             late=late,
         )
 
-    def _watch(self, settings: Settings) -> tuple[list[Slope], "_Sizes", "_Sizes"]:
+    def _watch(self, settings: Settings) -> tuple[list[Slope], _Sizes, _Sizes]:
         """Slopes, steepest first, and the sizes after the warm-up and at the end."""
         began_s = time.monotonic()
         samples: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -178,9 +155,6 @@ def slope(process: str, samples: Sequence[tuple[float, float]]) -> Slope:
         low=rise - error,
         high=rise + error,
     )
-
-
-_Sizes = tuple[dict[str, float], dict[str, float]]  # folders in MB, topics in records
 
 
 def _sizes(settings: Settings) -> _Sizes:

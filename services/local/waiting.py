@@ -1,7 +1,9 @@
-"""Look again and again until something is so."""
+"""Look again and again until something is so; let something run meanwhile."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -25,3 +27,16 @@ def wait(
             hint = "" if logs is None else f"; see {logs}"
             raise RefluxError(f"{what}: not within {give_up_s:g} s{hint}")
         time.sleep(every_s)
+
+
+@contextmanager
+def alongside(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`run` in a thread of its own, which is told to stop at the end, and waited for."""
+    stop = threading.Event()
+    thread = threading.Thread(target=run, args=(stop,))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,74 +15,20 @@ from ray_jobs.checkpoint import Counters, State
 from ray_jobs.distiller import Distiller
 from ray_jobs.gate import Verdict
 from ray_jobs.histories import Histories
-from ray_jobs.labels import Labels, aligned, items_of, label
-from ray_jobs.learner import adam, loss_terms, start_from, trust_in
-from ray_jobs.microbatch import COLD, MicroBatch, absorb, group
+from ray_jobs.learner import adam
+from ray_jobs.microbatch import MicroBatch, absorb, group
 from ray_jobs.peers import ALONE
 from ray_jobs.publish import Publisher
 from ray_jobs.ranking import predict
 from ray_jobs.recipes import CHECKPOINTS_KEPT, DistillConfig
-from ray_jobs.stream import Received
 from ray_jobs.teachers import Teachers
 from ray_jobs.telemetry import Telemetry
 from services.core.catalog import Catalog
 from services.core.metrics import MISS, Prequential
-from services.core.models.sizes import EncoderConfig, StudentConfig
 from services.core.models.student import Student
-from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 from services.core.settings import Settings
-
-BATCH = 20
-CONFIG = DistillConfig(context_events=8, replay_users=2, max_events=BATCH, learning_rate=3e-3)
-STUDENT = StudentConfig(dim=8, n_layers=1, n_heads=1, max_len=8, dropout=0.1, teacher_dim=16)
-TEACHER = EncoderConfig(dim=16, n_layers=1, n_heads=2, max_len=8)
-
-
-class AbortError(Exception):
-    """The source broke down, as a killed process would."""
-
-
-class Log:
-    """A stream in memory, in micro-batches of `BATCH`; breaks down before `abort_at`."""
-
-    def __init__(
-        self, n: int, *, at: int = 0, abort_at: int | None = None, partition: int = 0
-    ) -> None:
-        rng = np.random.default_rng(partition)
-        self.users = rng.integers(0, 12, n)
-        self.items = rng.integers(0, 30, n)
-        self.partition = partition
-        self.positions = {partition: at}
-        self.abort_at = abort_at
-
-    def received(self, first: int, last: int) -> Received:
-        at = np.arange(first, last)
-        return Received(
-            user_ids=[f"u{self.partition}-{user}" for user in self.users[at]],
-            item_ids=[f"i{item}" for item in self.items[at]],
-            types=["view"] * len(at),
-            values=np.full(len(at), np.nan),
-            times_ms=at * 1000,
-            arrivals_ms=at * 1000,
-            partitions=[self.partition] * len(at),
-            keys=at,
-            impressions=[],
-        )
-
-    def poll(self, *, max_events: int, timeout_s: float) -> Received:
-        first = self.positions[self.partition]
-        last = min(first + max_events, len(self.users))
-        if self.abort_at is not None and last > self.abort_at:
-            raise AbortError
-        self.positions = {self.partition: last}
-        return self.received(first, last)
-
-    def lag_events(self) -> int:
-        return 0
-
-    def check_epoch(self) -> None:
-        return
+from tests.streams import CONFIG, STUDENT, AbortError, Log
 
 
 def new_state(config: DistillConfig = CONFIG) -> State:
@@ -203,97 +148,6 @@ def test_what_comes_later_changes_no_earlier_prediction() -> None:
     backwards = list(range(39, -1, -1))
     assert len(ranks([])) == 20
     assert ranks([]) == ranks([7]) == ranks(list(range(40))) == ranks(backwards)
-
-
-def labelled_batch() -> tuple[Student, MicroBatch, Teacher]:
-    log, catalog = Log(60), Catalog()
-    histories = Histories(keep=100)
-    news = group(log.received(0, 60).arrivals(catalog), histories)
-    absorb(news, histories)
-    torch.manual_seed(0)
-    student = Student(STUDENT, n_rows=len(catalog))
-    return student, MicroBatch.of(news, context=8), Teacher(TEACHER, n_rows=len(catalog))
-
-
-@pytest.mark.parametrize(
-    ("off", "config"),
-    [
-        ("hard", replace(CONFIG, hard_weight=0.0)),
-        ("soft", replace(CONFIG, soft_weight=0.0)),
-        ("hidden", replace(CONFIG, hidden_weight=0.0)),
-    ],
-)
-def test_a_weight_of_zero_switches_its_term_off(off: str, config: DistillConfig) -> None:
-    student, batch, teacher = labelled_batch()
-    labels = label(teacher, batch, top_k=5)
-    terms = loss_terms(
-        student,
-        batch,
-        labels,
-        config=config,
-        weights_N=torch.ones(len(batch)),
-        trust=1.0,
-    )
-    assert set(terms) == {"hard", "soft", "hidden"} - {off}
-    assert all(torch.isfinite(term) for term in terms.values())
-
-
-def test_a_teacher_out_of_trust_leaves_the_hard_label() -> None:
-    student, batch, teacher = labelled_batch()
-    labels = label(teacher, batch, top_k=5)
-    weights_N = torch.ones(len(batch))
-    terms = loss_terms(student, batch, labels, config=CONFIG, weights_N=weights_N, trust=0.0)
-    assert set(terms) == {"hard"}
-
-
-def test_trust_fades_with_age_and_with_being_overtaken() -> None:
-    fresh = trust_in(age_events=0, half_life_events=100, teacher_ndcg=0.2, student_ndcg=0.1)
-    aged = trust_in(age_events=100, half_life_events=100, teacher_ndcg=0.2, student_ndcg=0.1)
-    garbage = trust_in(age_events=0, half_life_events=100, teacher_ndcg=0.01, student_ndcg=0.1)
-    assert (fresh, aged) == (1.0, 0.5)
-    assert garbage == pytest.approx(0.01)
-
-
-def test_a_teacher_moves_to_the_jobs_rows_with_what_it_knows() -> None:
-    own, to = Catalog(), Catalog()
-    own.add(["a", "b", "c"])
-    to.add(["c", "new", "a"])
-    teacher = Teacher(TEACHER, n_rows=len(own))
-    moved = aligned(teacher, own, item_ids=["c", "new", "a"], content=to.content)
-    old, new = teacher.encoder.item_id.weight, moved.encoder.item_id.weight
-    assert torch.equal(new[[1, 3]], old[[3, 1]])
-    assert not new[2].any()
-
-
-@pytest.mark.parametrize("n", [2, 3, 50])
-def test_parts_of_a_batch_are_labelled_like_the_whole(n: int) -> None:
-    _, batch, teacher = labelled_batch()
-    how: dict[str, Any] = {"top_k": 5, "popularity": np.arange(31.0), "known_rows": 31}
-    whole = label(teacher, batch, n_ranked=40, **how)
-    parts = batch.parts(n)
-    assert 1 < len(parts) <= n
-    done, labels = 0, []
-    for part in parts:
-        n_ranked = min(max(40 - done, 0), len(part))
-        labels.append(label(teacher, part, n_ranked=n_ranked, **how))
-        done += len(part)
-    joined, warm_N = Labels.joined(labels), batch.at_N != COLD
-    np.testing.assert_array_equal(joined.rows_NK[warm_N], whole.rows_NK[warm_N])
-    np.testing.assert_array_equal(joined.ranks, whole.ranks)
-    np.testing.assert_allclose(joined.hidden_NT[warm_N], whole.hidden_NT[warm_N], atol=2e-3)
-
-
-def test_a_new_student_sees_items_as_the_teacher_does() -> None:
-    student, _, teacher = labelled_batch()
-    start_from(student, items_of(teacher))
-
-    def alike(model: Student | Teacher) -> torch.Tensor:
-        """Cosines between all pairs of items."""
-        table_VD = model.encoder.item_table()[1:].detach()
-        return torch.corrcoef(table_VD - table_VD.mean(0)).flatten()
-
-    assert torch.corrcoef(torch.stack([alike(student), alike(teacher)]))[0, 1] > 0.5
-    assert not student.encoder.item_id.weight[0].any()
 
 
 def test_after_repeated_failures_the_job_goes_back_to_what_is_proved(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from services.local.serving_bench import subjects, world
 from services.local.serving_bench.generator import SHED, Measured
 from services.local.serving_bench.subjects import ENDPOINT, ENGINE, NOOP, ON_RAY, Subject
 from services.local.stack import Stack
+from services.local.waiting import alongside
 
 CLOSED: Final = "closed"
 OPEN: Final = "open"
@@ -89,13 +90,13 @@ class Bench:
         settings: Settings,
         wanted: Wanted,
         choice: LogChoice,
+        log: datasets.InteractionLog,
         *,
         report: Callable[[str], None],
     ) -> None:
         self._wanted, self._choice, self._report = wanted, choice, report
         self._stack = Stack(settings, report=report)
         now_ms = time.time_ns() // 1_000_000
-        log = datasets.load(choice.dataset, home=choice.home, data=choice.data)
         self._users = world.users(log, limit=settings.history_events, now_ms=now_ms)
 
     def run(self) -> Iterator[Row]:
@@ -253,23 +254,23 @@ class Bench:
     @contextmanager
     def _swapping(self, artifact: world.Artifact) -> Iterator[Callable[[], int]]:
         """A new version serves every few seconds."""
-        stop, versions = threading.Event(), []
+        versions = []
 
-        def swap() -> None:
+        def swap(stop: threading.Event) -> None:
             while not stop.wait(self._wanted.swap_every_s):
                 versions.append(artifact.publish("bench"))
 
-        with _thread(swap, stop):
+        with alongside(swap):
             yield lambda: len(versions)
 
     @contextmanager
     def _ingesting(self) -> Iterator[Callable[[], int]]:
         """The log's events come in once more, through gateway and worker."""
-        settings, stop = self._stack.settings, threading.Event()
+        settings = self._stack.settings
         headers = settings.keys.header("produce")
         with httpx.Client(base_url=settings.gateway_url, timeout=30, headers=headers) as http:
             producer = Producer(http, self._users.events(), self._wanted.ingest_per_s)
-            with _thread(lambda: producer.run(stop), stop):
+            with alongside(producer.run):
                 yield lambda: len(producer.acknowledged)
 
 
@@ -300,17 +301,6 @@ def _with_catalog(settings: Settings, items: int) -> Settings:
     """A registry of its own for each size."""
     registry = str(settings.home.absolute() / f"registry-{items}")
     return settings.model_copy(update={"registry_uri": registry})
-
-
-@contextmanager
-def _thread(target: Callable[[], None], stop: threading.Event) -> Iterator[None]:
-    thread = threading.Thread(target=target)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _measure(
