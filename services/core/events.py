@@ -8,10 +8,12 @@ arrival time (the Kafka record's timestamp).
 
 import base64
 import json
+import math
 from enum import StrEnum
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +32,7 @@ SCHEMA_VERSION: Final = 1
 MAX_TIMESTAMP_MS: Final = 4_102_444_800_000  # 2100-01-01: catches micro- and nanoseconds
 MAX_DEAD_BYTES: Final = 700_000  # in base64 a third more; a record has at most a million
 MAX_REASON_CHARS: Final = 1_000
+INTEGERS: Final = range(-(2**63), 2**64)  # what the log's JSON can hold
 
 
 def _is_number(value: object) -> object:
@@ -38,9 +41,29 @@ def _is_number(value: object) -> object:
     return value
 
 
+def _has_sound_numbers(context: dict[str, Any]) -> dict[str, Any]:
+    """What JSON's readers take for a number is more than the log can write: 10**30 it refuses,
+    and NaN would come back as null."""
+    rest: list[object] = [context]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise PydanticCustomError("number_finite", "must have finite numbers only")
+        elif isinstance(value, int) and value not in INTEGERS:
+            raise PydanticCustomError(
+                "number_size", "must have integers of 64 bits only; send larger ones as strings"
+            )
+    return context
+
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Whole = Annotated[int, BeforeValidator(_is_number)]
 Real = Annotated[float, BeforeValidator(_is_number)]
+Context = Annotated[dict[str, Any], AfterValidator(_has_sound_numbers)]
 _ID: Final[TypeAdapter[str]] = TypeAdapter(Id)
 
 
@@ -68,7 +91,9 @@ class Event(_Contract):
     type: EventType
     timestamp: Whole = Field(ge=0, le=MAX_TIMESTAMP_MS, description="event time, UTC milliseconds")
     value: Real | None = Field(None, description="rating, price, ...")
-    context: dict[str, Any] | None = None
+    context: Context | None = Field(
+        None, description="anything else; numbers finite, integers of at most 64 bits"
+    )
     schema_version: Whole = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
 
     @property

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import InvalidEventError
+from services.core.eventlog import Arrived, events_table
 from services.core.events import (
     EVENTS,
     Event,
@@ -28,7 +29,7 @@ events = st.builds(
     type=st.sampled_from(EventType),
     timestamp=st.integers(0, NOW_MS),
     value=st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    context=st.none() | st.dictionaries(st.text(), st.integers() | st.text()),
+    context=st.none() | st.dictionaries(st.text(), st.integers(-(2**63), 2**64 - 1) | st.text()),
 )
 
 
@@ -45,8 +46,9 @@ def raw(**changes: object) -> bytes:
 
 
 @given(events)
-def test_what_is_encoded_is_decoded(event: Event) -> None:
+def test_what_is_encoded_is_decoded_and_can_be_logged(event: Event) -> None:
     assert decode_event(encode(event), arrival_ms=NOW_MS, max_future_s=0) == event
+    events_table([Arrived(record=event, arrival_ms=NOW_MS, partition=0, offset=0)])
 
 
 @given(st.binary(max_size=200))
@@ -70,6 +72,9 @@ def test_any_bytes_are_an_event_or_a_clear_error(data: bytes) -> None:
         ({"timestamp": "5"}, "timestamp", "number"),
         ({"schema_version": True}, "schema_version", "number"),
         ({"colour": "red"}, "colour", "context"),
+        ({"context": {"a": [{"b": 2**64}]}}, "context", "64 bits"),
+        ({"context": {"a": -(2**63) - 1}}, "context", "64 bits"),
+        ({"context": {"a": float("nan")}}, "context", "finite"),
         ({"schema_version": 2}, "schema_version", "less than or equal to 1"),
     ],
 )
