@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import IllegalStateError, KafkaError, TopicAlreadyExistsError
 
 from services.core.errors import SettingsError, UnavailableError
 from services.core.eventlog import EPOCH_SPAN, EventLog
@@ -21,6 +21,9 @@ from services.core.settings import Settings
 MAX_RECORD_BYTES: Final = 1_000_000  # Kafka's default limit is 1 MiB, headers included
 KeyValue: TypeAlias = tuple[bytes | None, bytes | None]
 GROUP: Final = "reflux-features"  # the feature workers
+MAX_WAIT_MS: Final = 1_000
+WAIT_STEP: Final = 4
+LOOK_MS: Final = 20  # between two looks whether a fetch needs longer
 
 
 def ensure_topics(settings: Settings) -> None:
@@ -80,8 +83,8 @@ def make_consumer(
 ) -> KafkaConsumer:
     """A consumer without automatic commits; the caller subscribes, or assigns and seeks.
 
-    Measured on the embedded broker: a fetch waits 125 ms unless told 10, a join takes half the
-    session timeout, and polls of 5,000 double the throughput.
+    Measured on the embedded broker: a fetch waits 125 ms unless told 10 (see `_PatientConsumer`),
+    a join takes half the session timeout, and polls of 5,000 double the throughput.
     """
     defaults: dict[str, Any] = {
         "group_id": group,
@@ -93,7 +96,58 @@ def make_consumer(
         "max_poll_records": 5_000,
         "max_partition_fetch_bytes": 4 * 2**20,
     }
-    return _connect(KafkaConsumer, settings, **{**defaults, **overrides})
+    return _connect(_PatientConsumer, settings, **{**defaults, **overrides})
+
+
+class _PatientConsumer(KafkaConsumer):
+    """Lets a fetch take as long as the broker needs to find what there is.
+
+    The embedded broker ends a fetch after `fetch_max_wait_ms` with what it has found by then, and
+    to find anything it lists all batches of the partition: among 25,000, 10 ms pass with nothing
+    found, for ever. Within 1,000 ms it finds what there is among 250,000, but where there is
+    nothing, it sleeps for up to half of that and sees nothing arrive. So a fetch may take longer
+    only while records are known to be there. Apache Kafka has an index, and answers as soon as
+    there are records, however long it may wait.
+    """
+
+    def __init__(self, *topics: str, **config: Any) -> None:
+        super().__init__(*topics, **config)
+        # The client has no public way to change this; it reads it before each fetch.
+        self._fetch_config: dict[str, Any] = self._fetcher.config
+        self._least_wait_ms = int(self._fetch_config["fetch_max_wait_ms"])
+        self._without_ms = 0.0  # polled since the last records, or the last change
+
+    def poll(self, timeout_ms: float = 0, *args: Any, **options: Any) -> Any:
+        """As `KafkaConsumer.poll`."""
+        deadline = time.monotonic() + timeout_ms / 1000
+        while True:
+            began = time.monotonic()
+            look_ms = min(LOOK_MS, max(0.0, deadline - began) * 1000)
+            polled = super().poll(look_ms, *args, **options)
+            ended = time.monotonic()
+            self._adapt((ended - began) * 1000)
+            if polled:
+                self._without_ms = 0.0
+            if polled or ended >= deadline:
+                return polled
+
+    def _adapt(self, polled_ms: float) -> None:
+        self._without_ms += polled_ms
+        wait_ms = self._fetch_config["fetch_max_wait_ms"]
+        if not self._is_behind():
+            wait_ms, self._without_ms = self._least_wait_ms, 0.0
+        elif self._without_ms >= wait_ms:
+            wait_ms, self._without_ms = min(wait_ms * WAIT_STEP, MAX_WAIT_MS), 0.0
+        self._fetch_config["fetch_max_wait_ms"] = wait_ms
+
+    def _is_behind(self) -> bool:
+        """Whether the last fetches told of records that have not come yet."""
+        for partition in self.assignment():
+            with suppress(IllegalStateError):  # just revoked
+                end, at = self.highwater(partition), self.position(partition, timeout_ms=0)
+                if end is not None and at is not None and at < end:
+                    return True
+        return False
 
 
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:

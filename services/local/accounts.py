@@ -16,7 +16,7 @@ from services.local.promises import Promise
 
 SHOWN: Final = 3  # of what is lost
 SHOWN_BYTES: Final = 200
-POLL_MS: Final = 1_000
+POLL_MS: Final = 30_000  # a fetch from a broker that holds a million batches takes seconds
 
 Position = tuple[int, int]  # partition, offset
 

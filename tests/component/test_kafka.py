@@ -1,9 +1,11 @@
 """Kafka as the embedded broker speaks it, where it differs from what clients may expect."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from kafka import TopicPartition
 
 from services.core.errors import SettingsError, UnavailableError
 from services.core.eventlog import EPOCH_SPAN, EventLog
@@ -35,6 +37,32 @@ def test_ends_and_lag_are_exact_after_every_batch(settings: Settings, fresh_kafk
         assert sum(lag(own).values()) == total
     publisher.close()
     assert set(end_offsets(own, EVENTS)) == set(range(own.partitions))
+
+
+def test_a_consumer_that_is_behind_gives_the_broker_the_time_to_find_its_records(
+    settings: Settings, fresh_kafka: str
+) -> None:
+    """The embedded broker lists all of a partition's batches for each fetch, and ends it after the
+    wait, here so short that nothing is found."""
+    own = settings.model_copy(update={"kafka_bootstrap": fresh_kafka, "partitions": 1})
+    ensure_topics(own)
+    partition, total = TopicPartition(EVENTS, 0), 6_000
+    with closing(make_producer(own, batch_size=0, linger_ms=0, delivery_timeout_ms=120_000)) as out:
+        sent = [out.send(EVENTS, b"%d" % n) for n in range(total)]  # a batch each
+        for future in sent:
+            future.get(timeout=120)
+    with closing(make_consumer(own, fetch_max_wait_ms=1)) as consumer:
+        consumer.assign([partition])
+        consumer.seek(partition, 0)
+        values: list[bytes] = []
+        deadline = time.monotonic() + 60
+        while len(values) < total and time.monotonic() < deadline:
+            polled = consumer.poll(timeout_ms=100)
+            values += [record.value for record in polled.get(partition, [])]
+        assert values == [b"%d" % n for n in range(total)]
+        # Patience would now only delay what arrives.
+        assert not consumer.poll(timeout_ms=100)
+        assert consumer._fetcher.config["fetch_max_wait_ms"] == 1
 
 
 def test_resuming_goes_by_the_log_and_by_the_topic_s_incarnation(
