@@ -17,6 +17,7 @@ from ray_jobs import checkpoint, recipes
 from ray_jobs.checkpoint import State
 from ray_jobs.distill_student import StopFile
 from ray_jobs.distiller import Distiller
+from ray_jobs.memory import Trimmer
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import Recipe
 from ray_jobs.stream import EventStream
@@ -70,11 +71,12 @@ def work(given: dict[str, Any]) -> None:
     )
     if settings.student_metrics_port and peers.rank == 0:
         distiller.telemetry.serve(host=settings.host, port=settings.student_metrics_port)
-    stop = StopFile(settings)
+    stop, trimmer = StopFile(settings), Trimmer()
     distiller.begin()
     try:
         while not peers.gather(stop.is_set())[0]:
             distiller.tick()
+            trimmer.tick()
         distiller.checkpoint()
     finally:
         stream.close()

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_jobs.labels import Items, Labels, aligned, items_of, label
+from ray_jobs.memory import Trimmer
 from ray_jobs.microbatch import MicroBatch
 from services.core.catalog import Catalog
 from services.core.models.teacher import Teacher
@@ -47,6 +48,7 @@ class Labeller:
         os.nice(niceness)
         torch.set_num_threads(threads)
         self._device = device
+        self._trimmer = Trimmer()
         with tempfile.TemporaryDirectory() as scratch:
             directory = Registry(registry_uri).fetch("teacher", version, Path(scratch))
             self._teacher = Teacher.load(directory)
@@ -67,6 +69,7 @@ class Labeller:
         return items_of(self._aligned)
 
     def label(self, batch: MicroBatch, **how: Any) -> Labels:
+        self._trimmer.tick()
         return label(self._aligned, batch, **how)
 
 

@@ -188,6 +188,7 @@ class Teachers:
             "num_cpus": config.label_cpus,
             "num_gpus": config.label_gpus,
             "scheduling_strategy": "DEFAULT",
+            "enable_task_events": False,  # a call for each micro-batch says nothing new
         }
         start = partial(
             ray.remote(Labeller).options(**options).remote,

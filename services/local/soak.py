@@ -1,8 +1,9 @@
 """`reflux bench soak`: a stack under a steady light load for long, and what grows meanwhile.
 
-Memory is each process's own (unique set size: what would be free without it), its slope that of
-the least-squares line after the warm-up. Samples seconds apart are much alike, so the slope's
-variance counts (1 + r) / (1 - r) times, r being the residuals' correlation with the next one.
+First every user gets a history. Memory is each process's own (unique set size: what would be free
+without it), its slope that of the least-squares line after the warm-up. Samples seconds apart are
+much alike, so the slope's variance counts (1 + r) / (1 - r) times, r being the residuals'
+correlation with the next one.
 """
 
 import os
@@ -22,11 +23,16 @@ from services.core.kafka import end_offsets
 from services.core.settings import Settings
 from services.local import daemon
 from services.local.faults import commands
+from services.local.load import Producer
 from services.local.probe import DEADLINE_S, under_load
 from services.local.processes import ray_scratch
 from services.local.promises import Promise
+from services.local.waiting import wait
 
 READY_S: Final = 600.0
+FILL_EVENTS: Final = 100_000  # more than 100 of even the rarest user
+FILL_RATE: Final = 500.0  # events per second
+FILL_S: Final = 1_200.0  # at most
 EVERY_S: Final = 5.0
 WARM_UP_SHARE: Final = 0.25
 MIN_SHARE: Final = 0.5  # of the samples: a process that came or went meanwhile has no slope
@@ -102,6 +108,7 @@ class Soak:
     def _soak(self, settings: Settings) -> Soaked:
         load = under_load(settings, seed=self._seed, rate=self._rate, ready_s=READY_S)
         with load as (producer, asker, _):
+            self._fill(producer)
             self._report(f"{self._whole_s / 60:g} minutes")
             slopes, before, after = self._watch(settings)
         late = sum(not one.good(DEADLINE_S) for one in asker.asked)
@@ -117,6 +124,18 @@ class Soak:
             answered=len(asker.asked) - late,
             late=late,
         )
+
+    def _fill(self, producer: Producer) -> None:
+        """Give every user a history as long as what is learned from.
+
+        While histories grow, so do features, micro-batches and labels, which is no leak: at the
+        steady rate that alone would take hours.
+        """
+        producer.rate = FILL_RATE
+        what = f"{FILL_EVENTS:,} events"
+        self._report(f"{what} first")
+        wait(what, lambda: len(producer.acknowledged) >= FILL_EVENTS, give_up_s=FILL_S)
+        producer.rate = self._rate
 
     def _watch(self, settings: Settings) -> tuple[list[Slope], _Sizes, _Sizes]:
         """Slopes, steepest first, and the sizes after the warm-up and at the end."""
