@@ -317,7 +317,6 @@ def one_gpu_1m() -> Recipe:
             temperature=1.0,  # as measured on the whole stream (EXPERIMENTS.md)
             label_gpus=0.2,
             warm_up_epochs=3.0,
-            warm_up_label_every=2,
         ),
     )
 
