@@ -71,7 +71,8 @@ def work(given: dict[str, Any]) -> None:
     )
     if settings.student_metrics_port and peers.rank == 0:
         distiller.telemetry.serve(host=settings.host, port=settings.student_metrics_port)
-    stop, trimmer = StopFile(settings), Trimmer()
+    stop = StopFile(settings)
+    trimmer = Trimmer()
     distiller.begin()
     try:
         while not peers.gather(stop.is_set())[0]:

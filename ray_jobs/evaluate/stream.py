@@ -64,6 +64,7 @@ ABLATIONS: Final[dict[str, Callable[[Recipe], Recipe]]] = {
     "half-the-rate": _with(learning_rate=1e-3),
     "twice-the-rate": _with(learning_rate=4e-3),
     "every-step-labelled": _with(warm_up_label_every=1),
+    "every-other-step-labelled": _with(warm_up_label_every=2),
     "twice-the-warm-up": _longer,
     "hard-twice-the-warm-up": _longer,
 }

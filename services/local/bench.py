@@ -84,7 +84,7 @@ def fuzz(
 def soak(
     seed: Annotated[int, typer.Option(help="of the load")] = 0,
     rate: Annotated[float, typer.Option(help="events per second", min=10.0)] = 30.0,
-    minutes: Annotated[float, typer.Option(help="after the first student", min=1.0)] = 30.0,
+    minutes: Annotated[float, typer.Option(help="once histories are full", min=1.0)] = 30.0,
 ) -> None:
     """Load a stack lightly for long and show what grows: memory, folders, topics; exit 1 on a leak.
 

@@ -129,7 +129,7 @@ class Soak:
         """Give every user a history as long as what is learned from.
 
         While histories grow, so do features, micro-batches and labels, which is no leak: at the
-        steady rate that alone would take hours.
+        steady rate a rare user's would for most of a usual run.
         """
         producer.rate = FILL_RATE
         what = f"{FILL_EVENTS:,} events"
