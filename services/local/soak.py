@@ -1,11 +1,11 @@
 """`reflux bench soak`: a stack under a steady light load for long, and what grows meanwhile.
 
-First every user gets a history. Memory is each process's own (unique set size: what would be free
-without it), its slope that of the least-squares line after the warm-up. Samples seconds apart are
-much alike, so the slope's variance counts (1 + r) / (1 - r) times, r being the residuals'
-correlation with the next one.
+First every user gets a history. Memory is a process's anonymous memory (from Linux), its slope that
+of the least-squares line after the warm-up. Samples seconds apart are much alike, so the slope's
+variance counts (1 + r) / (1 - r) times, r being the residuals' correlation with the next one.
 """
 
+import csv
 import os
 import time
 from collections import defaultdict
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import psutil
 
 from services.core.events import EVENTS, ITEMS, dead_topic
 from services.core.kafka import end_offsets
@@ -149,9 +148,19 @@ class Soak:
                 for name, mb in _memory(settings).items():
                     samples[name].append((now_s, mb))
             time.sleep(EVERY_S)
+        _write(samples, settings.home / "memory.csv")
         slopes = [slope(name, seen) for name, seen in samples.items() if len(seen) > MIN_SHARE * n]
         slopes.sort(key=lambda one: -one.mb_per_hour)
         return slopes, before or ({}, {}), _sizes(settings)
+
+
+def _write(samples: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """For a look of one's own."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("process", "second", "mb"))
+        for process, seen in samples.items():
+            rows.writerows((process, round(at_s), round(mb, 2)) for at_s, mb in seen)
 
 
 def slope(process: str, samples: Sequence[tuple[float, float]]) -> Slope:
@@ -199,12 +208,20 @@ def _megabytes(folder: Path) -> float:
 def _memory(settings: Settings) -> Mapping[str, float]:
     found = {}
     for process, command in commands(settings):
-        try:
-            mb = process.memory_full_info().uss / 2**20
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-        found[f"{_short(command)} {process.pid}"] = mb
+        with suppress(OSError):  # gone meanwhile
+            found[f"{_short(command)} {process.pid}"] = _anonymous_mb(process.pid)
     return found
+
+
+def _anonymous_mb(pid: int) -> float:
+    """What a process has written itself, in memory or swapped out.
+
+    Not what counts as its own otherwise: a library's pages, and those from before a fork, do as
+    soon as nobody else has them, 20 MB at once where some other process ends.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    sizes = (line.split() for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
+    return sum(int(kb) for _, kb, _ in sizes) / 1024
 
 
 def _short(command: str) -> str:
