@@ -44,6 +44,7 @@ from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.history import event_key
 from services.core.kafka import Publisher, topic_id
 from services.core.paths import allow_anything, id_after
+from services.core.pauses import settle
 from services.core.settings import Settings
 from services.ingest.batch import (
     NDJSON,
@@ -323,8 +324,10 @@ def main() -> None:
     logs.configure(settings)
     # Uvicorn stops in order and then raises the signal again: that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    app = create_app(settings)
+    settle()
     uvicorn.run(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.gateway_port,
         log_config=None,  # ours

@@ -43,6 +43,7 @@ from services.core.events import (
 from services.core.features import FeatureStore
 from services.core.history import event_key
 from services.core.kafka import GROUP, ensure_topics, make_consumer, resume_offsets
+from services.core.pauses import settle
 from services.core.settings import Settings
 from services.ingest.flush import Flush
 from services.ingest.metrics import Metrics
@@ -345,6 +346,7 @@ def main() -> int:
         start_http_server(
             settings.worker_metrics_port, settings.host, registry=worker.metrics.registry
         )
+    settle()
     worker.run()
     return 0
 

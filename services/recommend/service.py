@@ -17,6 +17,7 @@ from services.core.catalog import Catalog
 from services.core.errors import UnavailableError
 from services.core.features import FeatureStore, UserHistory
 from services.core.kafka import Publisher
+from services.core.pauses import settle
 from services.core.registry import Registry
 from services.core.settings import Settings
 from services.recommend.engine import Model, Ranking, rank
@@ -73,6 +74,7 @@ class Recommender:
             self._impressions.start()
         if self._metrics:
             self._metrics.start()
+        settle()
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._live.stop)
