@@ -29,6 +29,7 @@ from prometheus_client import (
     generate_latest,
 )
 from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
 from services.core import logs
@@ -50,7 +51,6 @@ from services.ingest.batch import (
     NDJSON,
     Answer,
     Batch,
-    dump_json,
     load_json,
     parse_events,
     parse_items,
@@ -271,7 +271,7 @@ def _with_item_id(body: bytes, item_id: str) -> bytes:
         raise InvalidEventError(
             field="item_id", value=given["item_id"], fix=f"must be left out or {item_id!r}"
         )
-    return dump_json(given)
+    return to_json(given)
 
 
 def _failed(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
