@@ -5,7 +5,7 @@ Right on Apache Kafka and on the embedded broker, which differs where comments s
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -24,6 +24,7 @@ GROUP: Final = "reflux-features"  # the feature workers
 MAX_WAIT_MS: Final = 1_000
 WAIT_STEP: Final = 4
 LOOK_MS: Final = 20  # between two looks whether a fetch needs longer
+READ_MS: Final = 30_000  # a fetch from a broker that holds a million batches takes seconds
 
 
 def ensure_topics(settings: Settings) -> None:
@@ -154,6 +155,18 @@ def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Per partition the Kafka offset that the next record will get."""
     with _opened(settings, make_consumer) as consumer:
         return _end_offsets(settings, consumer, topic)
+
+
+def read_up_to(consumer: KafkaConsumer, ends: Mapping[TopicPartition, int]) -> Iterator[Any]:
+    """The records from where the assigned partitions stand to these ends, or a little further;
+    `UnavailableError` where they don't come any more."""
+    while short := [where for where, end in ends.items() if consumer.position(where) < end]:
+        polled = consumer.poll(timeout_ms=READ_MS)
+        if not polled:
+            at = {f"{where.topic} {where.partition}": consumer.position(where) for where in short}
+            raise UnavailableError(f"nothing comes any more, and the ends are not reached: {at}")
+        for records in polled.values():
+            yield from records
 
 
 def lag(settings: Settings, topic: str = EVENTS, *, group: str = GROUP) -> dict[int, int]:

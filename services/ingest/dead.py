@@ -1,7 +1,6 @@
 """Dead letters: what is in them, and back with them once the cause is gone."""
 
 import base64
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,9 +9,8 @@ import orjson
 from kafka import KafkaConsumer, TopicPartition
 from kafka.structs import OffsetAndMetadata
 
-from services.core.errors import UnavailableError
 from services.core.events import EVENTS, ITEMS, dead_topic
-from services.core.kafka import Publisher, end_offsets, make_consumer
+from services.core.kafka import Publisher, end_offsets, make_consumer, read_up_to
 from services.core.settings import Settings
 
 GROUP: Final = "reflux-dead-letters"  # its commits say what has been replayed
@@ -71,16 +69,9 @@ def _of(settings: Settings, topic: str) -> Iterator[Dead]:
         if at > end:  # the topic is younger than the commit
             at = 0
         first = consumer.beginning_offsets([where])[where]
-        at = max(at, first)
-        consumer.seek(where, at)
-        deadline = time.monotonic() + settings.kafka_timeout_s
-        while at < end:
-            for record in consumer.poll(timeout_ms=100).get(where, []):
-                at = record.offset + 1
-                deadline = time.monotonic() + settings.kafka_timeout_s
-                yield _decode(record)
-            if time.monotonic() > deadline:
-                raise UnavailableError(f"{name} ends at {end}, but nothing came after {at}")
+        consumer.seek(where, max(at, first))
+        for record in read_up_to(consumer, {where: end}):
+            yield _decode(record)
     finally:
         consumer.close()
 

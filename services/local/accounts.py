@@ -6,17 +6,16 @@ from typing import Any, Final
 
 from kafka import TopicPartition
 
-from services.core.errors import InvalidEventError, UnavailableError
+from services.core.errors import InvalidEventError
 from services.core.eventlog import EventLog
 from services.core.events import EVENTS, MAX_TIMESTAMP_MS, decode_event
-from services.core.kafka import end_offsets, make_consumer
+from services.core.kafka import end_offsets, make_consumer, read_up_to
 from services.core.settings import Settings
 from services.ingest.dead import dead_letters
 from services.local.promises import Promise
 
 SHOWN: Final = 3  # of what is lost
 SHOWN_BYTES: Final = 200
-POLL_MS: Final = 30_000  # a fetch from a broker that holds a million batches takes seconds
 
 Position = tuple[int, int]  # partition, offset
 
@@ -78,19 +77,12 @@ def _who(topic: str, value: bytes) -> tuple[str | None, str | None]:
 
 
 def _since(settings: Settings, topic: str, begin: Mapping[int, int]) -> Iterator[Any]:
-    end = end_offsets(settings, topic)
+    ends = {TopicPartition(topic, at): end for at, end in end_offsets(settings, topic).items()}
     consumer = make_consumer(settings)
     try:
-        consumer.assign([TopicPartition(topic, partition) for partition in end])
-        for partition in end:
-            consumer.seek(TopicPartition(topic, partition), begin.get(partition, 0))
-        missing = sum(end.values()) - sum(begin.values())
-        while missing > 0:
-            polled = consumer.poll(timeout_ms=POLL_MS)
-            if not polled:
-                raise UnavailableError(f"{topic}: {missing:,} records don't come any more")
-            for records in polled.values():
-                yield from records
-                missing -= len(records)
+        consumer.assign(list(ends))
+        for where in ends:
+            consumer.seek(where, begin.get(where.partition, 0))
+        yield from read_up_to(consumer, ends)
     finally:
         consumer.close()
