@@ -8,7 +8,7 @@ RefluxError
 ├── UnavailableError         Kafka, the online store or Ray doesn't answer
 │   └── BusyError            more is under way than we hold: try again in a moment
 ├── AccessError              the caller may not
-│   ├── UnauthorizedError    no key, or none of ours
+│   ├── UnauthorizedError    no key or token, or another one
 │   └── ForbiddenError       a key without the role
 └── RegistryError            model artifacts
     ├── VersionNotFoundError
@@ -21,6 +21,10 @@ A message names the offending value and the fix; the CLI prints it without a tra
 from typing import Final
 
 SHOWN_CHARS: Final = 200
+RAY_TOKEN: Final = (
+    "Ray at {} asks for its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN too where the one "
+    "in ~/.ray/auth_token isn't that cluster's"
+)
 MAX_EXACT: Final = 2**53  # beyond it JSON's readers differ
 
 
@@ -67,7 +71,7 @@ class AccessError(RefluxError):
 
 
 class UnauthorizedError(AccessError):
-    """No API key, or an unknown one."""
+    """No API key or token of Ray's, or an unknown one."""
 
 
 class ForbiddenError(AccessError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from services.core.errors import RefluxError, UnavailableError
+from services.core.errors import RAY_TOKEN, RefluxError, UnauthorizedError, UnavailableError
 from services.core.registry import Kind
 from services.core.settings import Settings
 
@@ -48,6 +48,7 @@ class Jobs:
     """
 
     def __init__(self, settings: Settings, *, embedded: bool, elsewhere: bool = False) -> None:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         class WithDeadline(JobSubmissionClient):
@@ -71,6 +72,8 @@ class Jobs:
                 f"ray_address={settings.ray_address!r}: the Jobs API doesn't answer; "
                 f"check the address and that Ray runs ({error})"
             ) from None
+        except AuthenticationError:
+            raise UnauthorizedError(RAY_TOKEN.format(settings.ray_address)) from None
 
     def submit(self, kind: JobKind, arguments: Sequence[str] = ()) -> str:
         """Start the job and return its submission id; refuse while one of its kind is active."""

@@ -15,7 +15,12 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from services.core.errors import SettingsError, UnavailableError
+from services.core.errors import (
+    RAY_TOKEN,
+    SettingsError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from services.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -147,17 +152,20 @@ def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":
             "or start the embedded Ray with `reflux up`"
         )
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+    from ray.exceptions import AuthenticationError
 
     while True:
         try:
             client = ServeSubmissionClient(settings.ray_address)
             client.get_serve_details()
             return client
+        except AuthenticationError:
+            raise UnauthorizedError(RAY_TOKEN.format(settings.ray_address)) from None
         except (OSError, RuntimeError) as error:  # requests' own errors are OSErrors
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"Ray at {settings.ray_address} doesn't take deployments ({error}); check that "
-                    "it runs with its dashboard, and RAY_AUTH_MODE if it answers 401"
+                    "it runs with its dashboard"
                 ) from None
         time.sleep(POLL_S)
 

@@ -4,6 +4,9 @@ import itertools
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,16 @@ import pytest
 
 from services.cli import parse_duration_s
 from services.console.scrape import quantile
-from services.core.errors import RefluxError, UnavailableError
+from services.core.errors import RefluxError, UnauthorizedError, UnavailableError
 from services.core.settings import Settings
 from services.local import learning
-from services.local.jobs import Job, JobKind
+from services.local.jobs import Job, JobKind, Jobs
 from services.local.learning import TeacherState, refresh_due
 from services.local.processes import Command, Process, rotate_logs
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth
 from services.local.status import demo_beside
+from services.recommend.deploy import deploy
 
 NOW_MS = 1_000 * 60_000
 SETTINGS = Settings(teacher_every_minutes=30, teacher_every_events=1_000, teacher_first_events=100)
@@ -237,3 +241,20 @@ def test_status_points_to_a_demo_that_runs_alone(tmp_path: Path) -> None:
     assert f"REFLUX_HOME={tmp_path}/demo" in (demo_beside(settings) or "")
     (tmp_path / "stack.json").write_text("{}")
     assert demo_beside(settings) is None
+
+
+class _AsksForAToken(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+
+@pytest.mark.parametrize("go", [lambda given: Jobs(given, embedded=False), deploy])
+def test_a_ray_that_asks_for_a_token_is_told_apart(go: Callable[[Settings], object]) -> None:
+    with HTTPServer(("127.0.0.1", 0), _AsksForAToken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            with pytest.raises(UnauthorizedError, match="set RAY_AUTH_MODE=token"):
+                go(Settings(ray_address=address))
+        finally:
+            server.shutdown()
