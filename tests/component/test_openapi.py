@@ -28,7 +28,6 @@ def _ask_everything(schema: Any) -> list[str]:
         @given(case=operation.as_strategy())
         @hypothesis_settings(
             max_examples=EXAMPLES,
-            deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.explicit, Phase.generate],

@@ -160,7 +160,6 @@ def test_whatever_happens_to_a_worker_in_the_end_all_is_as_the_log_says(settings
         settings=hypothesis_settings(
             max_examples=20,
             stateful_step_count=12,
-            deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),

@@ -64,6 +64,4 @@ class CatalogMachine(RuleBasedStateMachine):
 
 
 TestCatalogMachine = CatalogMachine.TestCase
-TestCatalogMachine.settings = settings(
-    max_examples=30, stateful_step_count=12, deadline=None, derandomize=True
-)
+TestCatalogMachine.settings = settings(max_examples=30, stateful_step_count=12, derandomize=True)

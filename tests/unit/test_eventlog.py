@@ -65,9 +65,7 @@ def expected(ends: dict[int, int]) -> list[tuple[int, int]]:
     ),
     compact_after=st.sets(st.integers(0, 6)),
 )
-@hypothesis_settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_replayed_and_overlapping_spans_read_as_if_written_once(
     tmp_path: Path,
     partition_spans: Sequence[Sequence[tuple[int, int]]],

@@ -73,9 +73,7 @@ def test_batches_and_replays_do_not_matter(
 
 
 @given(events=EVENTS, before=st.integers(0, 22))
-@hypothesis_settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_as_of_is_what_merging_the_earlier_events_gives(
     tmp_path: Path, events: Sequence[tuple[int, EventType, float | None]], before: int
 ) -> None:

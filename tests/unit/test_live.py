@@ -29,7 +29,7 @@ def damaged(intact: bytes, how: str, where: float) -> bytes:
     return b"\0" * len(intact)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from([*WHOLE, MANIFEST, POINTER]),
     how=st.sampled_from(["cut", "flipped", "zeros"]),

@@ -122,7 +122,7 @@ def test_prune_keeps_the_newest_and_what_serves(registry: Registry, tmp_path: Pa
     assert registry.serving("student").version == 3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int

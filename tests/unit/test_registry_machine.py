@@ -137,5 +137,5 @@ class RegistryMachine(RuleBasedStateMachine):
         raise AssertionError("should have been refused")
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20)
 TestRegistry = RegistryMachine.TestCase
