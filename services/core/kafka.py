@@ -24,7 +24,6 @@ GROUP: Final = "reflux-features"  # the feature workers
 MAX_WAIT_MS: Final = 1_000
 WAIT_STEP: Final = 4
 LOOK_MS: Final = 20  # between two looks whether a fetch needs longer
-READ_MS: Final = 30_000  # a fetch from a broker that holds a million batches takes seconds
 
 
 def ensure_topics(settings: Settings) -> None:
@@ -157,11 +156,13 @@ def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
         return _end_offsets(settings, consumer, topic)
 
 
-def read_up_to(consumer: KafkaConsumer, ends: Mapping[TopicPartition, int]) -> Iterator[Any]:
+def read_up_to(
+    consumer: KafkaConsumer, ends: Mapping[TopicPartition, int], *, give_up_s: float
+) -> Iterator[Any]:
     """The records from where the assigned partitions stand to these ends, or a little further;
-    `UnavailableError` where they don't come any more."""
+    `UnavailableError` where none has come for `give_up_s`."""
     while short := [where for where, end in ends.items() if consumer.position(where) < end]:
-        polled = consumer.poll(timeout_ms=READ_MS)
+        polled = consumer.poll(timeout_ms=1000 * give_up_s)
         if not polled:
             at = {f"{where.topic} {where.partition}": consumer.position(where) for where in short}
             raise UnavailableError(f"nothing comes any more, and the ends are not reached: {at}")

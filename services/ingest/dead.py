@@ -70,7 +70,7 @@ def _of(settings: Settings, topic: str) -> Iterator[Dead]:
             at = 0
         first = consumer.beginning_offsets([where])[where]
         consumer.seek(where, max(at, first))
-        for record in read_up_to(consumer, {where: end}):
+        for record in read_up_to(consumer, {where: end}, give_up_s=settings.kafka_timeout_s):
             yield _decode(record)
     finally:
         consumer.close()

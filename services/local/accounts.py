@@ -16,6 +16,7 @@ from services.local.promises import Promise
 
 SHOWN: Final = 3  # of what is lost
 SHOWN_BYTES: Final = 200
+GIVE_UP_S: Final = 30.0  # a fetch from a broker that holds a million batches takes seconds
 
 Position = tuple[int, int]  # partition, offset
 
@@ -83,6 +84,6 @@ def _since(settings: Settings, topic: str, begin: Mapping[int, int]) -> Iterator
         consumer.assign(list(ends))
         for where in ends:
             consumer.seek(where, begin.get(where.partition, 0))
-        yield from read_up_to(consumer, ends)
+        yield from read_up_to(consumer, ends, give_up_s=GIVE_UP_S)
     finally:
         consumer.close()

@@ -15,12 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from services.core.errors import (
-    RAY_TOKEN,
-    SettingsError,
-    UnauthorizedError,
-    UnavailableError,
-)
+from services.core.errors import RAY_TOKEN, SettingsError, UnauthorizedError, UnavailableError
 from services.core.settings import Settings
 
 if TYPE_CHECKING:
