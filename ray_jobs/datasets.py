@@ -8,7 +8,6 @@ the same log.
 """
 
 import io
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,7 +124,11 @@ def _fetch(name: str, folder: Path) -> None:
             except (OSError, urllib.error.URLError, DatasetError, zipfile.BadZipFile) as error:
                 problems.append(str(error))
                 continue
-            shutil.move(found, folder)
+            try:
+                found.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else a job beside this one was first
+                    raise
             return
     raise DatasetError(
         f"{name} can't be fetched ({'; '.join(problems)}); download it and set REFLUX_DATA to "

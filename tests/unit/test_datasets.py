@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_jobs import datasets
 from ray_jobs.datasets import load, shuffle_ties
 from services.core.errors import DatasetError
 
@@ -93,3 +94,19 @@ def test_ties_are_shuffled_by_seed_and_time_order_stays(tmp_path: Path) -> None:
     assert shuffled.events["item_id"] != log.events["item_id"]
     assert shuffled.events == shuffle_ties(log, 0).events
     assert set(shuffled.events["item_id"].to_pylist()[:50]) == {str(i) for i in range(50)}
+
+
+def test_jobs_that_fetch_at_once_share_what_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data/ml-100k"
+
+    def beaten(name: str, temporary: Path) -> Path:
+        for place in (folder, temporary / name):
+            write(place / f"{name}.inter", "user\titem\trating\ttime\n1\tHeat\t3\t10\n")
+            write(place / f"{name}.item", "item\ttitle\tyear\tgenre\nHeat\tHeat\t1995\tAction\n")
+        return temporary / name
+
+    monkeypatch.setattr(datasets, "_from_publisher", beaten)
+    assert load("ml-100k", home=tmp_path).events.num_rows == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["ml-100k.inter", "ml-100k.item"]
