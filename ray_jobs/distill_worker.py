@@ -39,11 +39,11 @@ def work(given: dict[str, Any]) -> None:
     recipe = recipes.load(given["recipe"])
     context = ray.train.get_context()
     peers = Peers(context.get_world_rank(), context.get_world_size())
-    os.nice(recipe.distill.niceness)
     torch.set_num_threads(recipe.distill.threads_per_worker)
     torch.manual_seed(settings.seed)  # one student for all
     ensure_topics(settings)
     state = resume(recipe, peers)
+    os.nice(recipe.distill.niceness)  # from here: one that comes back does so at full speed
     if state is None:
         state = first_state(settings, recipe, peers)
         torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each

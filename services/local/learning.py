@@ -16,6 +16,7 @@ from services.local.jobs import Jobs
 LOOK_EVERY_S = 1.0
 RETRIES = 5  # of a refresh that somebody asked for; one that is due is tried again and again
 SOUND_MS = 120_000  # a job that ran so long was not ill from the start
+HEAD_START_S = 20.0  # of a student that comes back over a teacher that is due: few cores, one start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,11 @@ class LearningJobs:
         if time.time() * 1000 - job.started_ms > SOUND_MS:
             self._failures[kind] = 1
         wait_s = min(2.0 ** (self._failures[kind] - 1) - 1.0, 300.0)  # none after the first
-        self._not_before[kind] = time.monotonic() + wait_s
+        now = time.monotonic()
+        self._not_before[kind] = now + wait_s
+        if kind == "student":
+            held = now + HEAD_START_S
+            self._not_before["teacher"] = max(held, self._not_before.get("teacher", 0.0))
         self.report(
             f"{kind} job {job.submission_id} {job.status.lower()}, next try in {wait_s:g} s: "
             f"{job.message.strip().splitlines()[-1] if job.message.strip() else 'no message'}"

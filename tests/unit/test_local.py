@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -134,6 +135,43 @@ def test_a_refresh_that_an_operator_asked_for_and_that_fails_is_tried_again(
     for _ in range(2):
         watching.tick()
     assert started == ["teacher"]
+
+
+def test_a_student_comes_back_before_a_teacher_that_is_due_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(learning, "refresh_due", lambda **_: "due")
+    status: dict[str, str] = {}
+    started: list[str] = []
+
+    class Started:
+        """The Jobs API of a Ray on which what was submitted runs until `status` says otherwise."""
+
+        def active(self, kind: str) -> Job | None:
+            job = self.get(kind) if kind in status else None
+            return job if job and job.active else None
+
+        def get(self, name: str) -> Job:
+            kind: JobKind = "student" if name == "student" else "teacher"
+            return Job(kind=kind, submission_id=name, status=status[name], message="", started_ms=0)
+
+        def submit(self, kind: str) -> str:
+            started.append(kind)
+            status[kind] = "RUNNING"
+            return kind
+
+    jobs: Any = Started()
+    watching = learning.LearningJobs(Settings(home=tmp_path), jobs, report=lambda _: None)
+    watching.tick()
+    assert started == ["student", "teacher"]
+    status.update(student="FAILED", teacher="SUCCEEDED")
+    watching.tick()
+    assert started == ["student", "teacher", "student"]
+    later = time.monotonic() + learning.HEAD_START_S
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    watching.tick()
+    assert started == ["student", "teacher", "student", "teacher"]
 
 
 def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path) -> None:
