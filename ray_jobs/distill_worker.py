@@ -13,7 +13,7 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as reporting
 
-from ray_jobs import checkpoint, recipes
+from ray_jobs import checkpoint, own_ray, recipes
 from ray_jobs.checkpoint import State
 from ray_jobs.distill_student import StopFile
 from ray_jobs.distiller import Distiller
@@ -43,7 +43,9 @@ def work(given: dict[str, Any]) -> None:
     torch.manual_seed(settings.seed)  # one student for all
     ensure_topics(settings)
     state = resume(recipe, peers)
-    os.nice(recipe.distill.niceness)  # from here: one that comes back does so at full speed
+    own_ray.step_back(
+        recipe.distill.niceness
+    )  # from here: one that comes back does so at full speed
     if state is None:
         state = first_state(settings, recipe, peers)
         torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each

@@ -4,7 +4,6 @@ They share every micro-batch. There are more of them while the student waits for
 once it doesn't, whatever the number of training workers.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from ray_jobs import own_ray
 from ray_jobs.labels import Items, Labels, aligned, items_of, label
 from ray_jobs.memory import Trimmer
 from ray_jobs.microbatch import MicroBatch
@@ -45,7 +45,7 @@ class Labeller:
         niceness: int,
         device: str,
     ) -> None:
-        os.nice(niceness)
+        own_ray.step_back(niceness)
         torch.set_num_threads(threads)
         self._device = device
         self._trimmer = Trimmer()

@@ -1,4 +1,4 @@
-"""Which Ray is ours, where several run on one machine.
+"""Which Ray is ours, where several run on one machine, and how far our processes there step back.
 
 Ray Train leaves a detached actor behind each run that looks whether the run's controller still
 lives, and takes its workers' resources away once it doesn't. That actor asks the Ray that
@@ -15,12 +15,26 @@ NOWHERE: Final = "http://127.0.0.1:9"  # the discard port: a question there fail
 
 
 def join(*, log_to_driver: bool = True) -> None:
-    """Connect a job to the Ray that it was submitted to (`RAY_ADDRESS`), and all of its actors."""
+    """Connect a job to the Ray that it was submitted to (`RAY_ADDRESS`), and all of its actors.
+
+    A job that was started by `nice` has its workers start as far back as itself.
+    """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
-    ray.init(runtime_env=runtime_env, log_to_driver=log_to_driver)
+    env_vars = {}
+    if address := os.environ.get("RAY_ADDRESS"):
+        env_vars["RAY_ADDRESS"] = address
+    if niceness := os.nice(0):
+        env_vars["RAY_worker_niceness"] = str(niceness)
+    ray.init(runtime_env={"env_vars": env_vars}, log_to_driver=log_to_driver)
+
+
+def step_back(niceness: int) -> None:
+    """Leave the cores to others: from here on this process has at least that niceness.
+
+    A cluster's workers start at 15, and only root may come forward again.
+    """
+    os.nice(max(0, niceness - os.nice(0)))
 
 
 def start(*, num_cpus: int | None = None) -> None:

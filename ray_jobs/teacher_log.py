@@ -13,7 +13,6 @@ had 328 MB, 282 MB with tasks; one that read all of it in place 826 MB (and 5 s)
 Shapes: E events, K items of a portion, T points in time, V catalog rows.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -79,7 +78,7 @@ class OnRay:
 
 def _nicely(niceness: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of Ray's that may have run others of ours before."""
-    os.nice(niceness - os.nice(0))
+    own_ray.step_back(niceness)
     return function(*arguments)
 
 

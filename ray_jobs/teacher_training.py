@@ -9,7 +9,6 @@ costs what came after the last checkpoint.
 
 import copy
 import dataclasses
-import os
 import shutil
 import tempfile
 import time
@@ -28,6 +27,7 @@ from ray.train.torch import get_device
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from torch import Tensor
 
+from ray_jobs import own_ray
 from ray_jobs.parallel import Optimizers, prepared, restore, states, whole, world
 from ray_jobs.recipes import Recipe, TrainConfig
 from ray_jobs.rendezvous import RendezvousConfig, prepare_ray_train
@@ -163,7 +163,7 @@ def train_worker(config: dict[str, Any]) -> None:
     shards: dict[int, Shard] = {
         number: ray.get(run.shards[number]) for number in range(rank, len(run.shards), world())
     }
-    os.nice(train.niceness)
+    own_ray.step_back(train.niceness)
     torch.set_num_threads(train.threads_per_worker)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(run.seed + rank)
