@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RefluxError, ValueError) as error:
         sys.exit(str(error))
     prepare_ray_train()
-    own_ray.join()
+    own_ray.join(niceness=recipe.distill.niceness)
     stop = StopFile(settings)
     stop.clear()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         run_config=ray.train.RunConfig(
             name=RUN,
             storage_path=settings.checkpoints,
+            # Ray Train starts four helpers beside it: it goes first, and steps back once it learns.
+            worker_runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},
             failure_config=ray.train.FailureConfig(max_failures=-1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),

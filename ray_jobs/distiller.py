@@ -30,7 +30,7 @@ from services.core.settings import Settings
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
 EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
-SOON_S = 1.0  # after a restart, until the first look whether there is something to publish
+SOON_S = 0.5  # after a restart, until the first look whether there is something to publish
 EMA_EVENTS = 5_000  # half-life of the quality that trust goes by
 
 

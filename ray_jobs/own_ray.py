@@ -1,4 +1,4 @@
-"""Which Ray is ours, where several run on one machine, and how far our processes there step back.
+"""Which Ray is ours, where several run on one machine, and who steps back for whom there.
 
 Ray Train leaves a detached actor behind each run that looks whether the run's controller still
 lives, and takes its workers' resources away once it doesn't. That actor asks the Ray that
@@ -7,6 +7,8 @@ Ray knows of no such controller, and a training in good health is ended. So both
 """
 
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import ray
@@ -14,17 +16,17 @@ import ray
 NOWHERE: Final = "http://127.0.0.1:9"  # the discard port: a question there fails, and ends nothing
 
 
-def join(*, log_to_driver: bool = True) -> None:
+def join(*, niceness: int = 0, log_to_driver: bool = True) -> None:
     """Connect a job to the Ray that it was submitted to (`RAY_ADDRESS`), and all of its actors.
 
-    A job that was started by `nice` has its workers start as far back as itself.
+    `niceness`: of the job's processes from their first import on; 0: whatever that Ray's is.
     """
     if ray.is_initialized():
         return
     env_vars = {}
     if address := os.environ.get("RAY_ADDRESS"):
         env_vars["RAY_ADDRESS"] = address
-    if niceness := os.nice(0):
+    if niceness:
         env_vars["RAY_worker_niceness"] = str(niceness)
     ray.init(runtime_env={"env_vars": env_vars}, log_to_driver=log_to_driver)
 
@@ -35,6 +37,18 @@ def step_back(niceness: int) -> None:
     A cluster's workers start at 15, and only root may come forward again.
     """
     os.nice(max(0, niceness - os.nice(0)))
+
+
+def step_back_as_driver(niceness: int) -> None:
+    """The same for a submitted job's driver.
+
+    Linux weighs sessions against each other before the processes in them, and Ray gives each driver
+    a session of its own, where niceness alone has nobody to give way to.
+    """
+    step_back(niceness)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        with suppress(OSError):  # another system, or a kernel without automatic groups
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def start(*, num_cpus: int | None = None) -> None:

@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 
-from ray_jobs import own_ray
 from ray_jobs.shards import History, Shard
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS, Catalog
 from services.core.errors import RefluxError
@@ -61,25 +60,14 @@ class Runs(Protocol):
 class OnRay:
     """As tasks on the Ray that this job was submitted to."""
 
-    def __init__(self, *, niceness: int = 0) -> None:
-        self._niceness = niceness
-
     def keep(self, value: Any) -> Any:
         return ray.put(value)
 
     def start(self, function: Callable[..., Any], *arguments: Any, n: int) -> list[Any]:
-        own_ray.join()
-        task = ray.remote(_nicely).options(num_returns=n, num_cpus=1)
-        return list(task.remote(self._niceness, function, *arguments))
+        return list(ray.remote(function).options(num_returns=n, num_cpus=1).remote(*arguments))
 
     def get(self, values: Sequence[Any]) -> list[Any]:
         return list(ray.get(list(values))) if values else []
-
-
-def _nicely(niceness: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of Ray's that may have run others of ours before."""
-    own_ray.step_back(niceness)
-    return function(*arguments)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,11 +10,8 @@ import argparse
 import signal
 import sys
 
-from ray_jobs import recipes
+from ray_jobs import own_ray, recipes
 from ray_jobs.recipes import Recipe
-from ray_jobs.teacher_log import OnRay, read_history
-from ray_jobs.teacher_training import train
-from ray_jobs.teacher_versions import publish, teaching_now
 from services.core.errors import RefluxError
 from services.core.registry import Registry
 from services.core.settings import Settings
@@ -30,6 +27,7 @@ def main() -> None:
         recipe = recipes.chosen(settings, arguments.recipe)
     except (RefluxError, ValueError) as error:
         sys.exit(f"train_teacher: {error}")
+    own_ray.step_back_as_driver(recipe.train.niceness)
     try:
         refresh(settings, recipe)
     except RefluxError as error:
@@ -37,13 +35,21 @@ def main() -> None:
 
 
 def refresh(settings: Settings, recipe: Recipe) -> int:
-    """Train, publish, promote if sane; the new version."""
+    """Train, publish, promote if sane; the new version.
+
+    Imports torch and what needs it only here, once the process has stepped back.
+    """
+    from ray_jobs.teacher_log import OnRay, read_history
+    from ray_jobs.teacher_training import train
+    from ray_jobs.teacher_versions import publish, teaching_now
+
+    own_ray.join(niceness=recipe.train.niceness)
     registry = Registry(settings.registry)
     parent = teaching_now(registry, recipe)
     print(f"reading {settings.offline}", flush=True)
     history = read_history(
         settings,
-        OnRay(niceness=recipe.train.niceness),
+        OnRay(),
         n_shards=recipe.train.n_shards,
         last_slice=recipe.train.last_slice,
         parent=parent.catalog if parent else None,

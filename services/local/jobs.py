@@ -21,9 +21,6 @@ MODULES: dict[JobKind, str] = {
 }
 # What a job has no use for; Ray leaves out by itself what .gitignore names.
 NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy"]
-# The machine that answers also trains: a teacher takes the cores that nobody else wants, from its
-# first import on.
-NICELY = ("nice", "-n", "15")
 REQUEST_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 
@@ -88,9 +85,7 @@ class Jobs:
         argv = ["-m", MODULES[kind], *arguments]
         # An embedded Ray runs our own interpreter, with this code importable; elsewhere the code
         # travels along and the cluster's `python` runs it.
-        python = [sys.executable] if self._embedded else ["python"]
-        if self._embedded and kind == "teacher":
-            python = [*NICELY, *python]
+        python = sys.executable if self._embedded else "python"
         env_vars = self.settings.environment(elsewhere=self._elsewhere, secrets=False)
         runtime_env: dict[str, Any] = {"env_vars": env_vars}
         if not self._embedded:
@@ -98,7 +93,7 @@ class Jobs:
             runtime_env["excludes"] = NOT_CARRIED
         return str(
             self._client.submit_job(
-                entrypoint=shlex.join([*python, *argv]),
+                entrypoint=shlex.join([python, *argv]),
                 runtime_env=runtime_env,
                 metadata={"reflux": kind},
                 submission_id=f"reflux-{kind}-{time.strftime('%Y%m%d-%H%M%S')}",

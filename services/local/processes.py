@@ -257,6 +257,9 @@ def _ray_env(host: str) -> dict[str, str]:
         # By default a job's first process makes Ray start a worker for each logical CPU; ours
         # all have variables of their own, so that none of those is ever used.
         "RAY_prestart_worker_first_driver": "0",
+        # By default as many processes start at a time as there are cores, a learner behind Ray
+        # Train's helpers, and Ray warns of the others.
+        "RAY_worker_maximum_startup_concurrency": "16",
         # The head remembers every call of every actor, by default up to 100,000, 3 KB each.
         "RAY_task_events_max_num_task_in_gcs": "5000",
         # A node that ends first waits up to 30 s for others to take over; here are none.
