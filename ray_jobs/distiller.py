@@ -30,7 +30,6 @@ from services.core.settings import Settings
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
 EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
-SOON_S = 0.5  # after a restart, until the first look whether there is something to publish
 EMA_EVENTS = 5_000  # half-life of the quality that trust goes by
 
 
@@ -125,7 +124,7 @@ class Distiller:
             self._publish()
             self.checkpoint()
         else:  # a job that goes on has news at once
-            self._due_s["publish"] -= max(0.0, self.settings.publish_every_s - SOON_S)
+            self._due_s["publish"] -= self.settings.publish_every_s
 
     def tick(self) -> None:
         """Read a micro-batch, learn the one before, predict this one; publish and keep when due."""
