@@ -43,9 +43,7 @@ def work(given: dict[str, Any]) -> None:
     torch.manual_seed(settings.seed)  # one student for all
     ensure_topics(settings)
     state = resume(recipe, peers)
-    own_ray.step_back(
-        recipe.distill.niceness
-    )  # from here: one that comes back does so at full speed
+    own_ray.step_back(recipe.distill.niceness)  # not before: one that comes back is in a hurry
     if state is None:
         state = first_state(settings, recipe, peers)
         torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each
