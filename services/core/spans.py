@@ -27,7 +27,7 @@ from services.core.errors import DamagedFileError
 
 READ_ATTEMPTS: Final = 5  # compaction may remove a file between listing and reading
 READ_THREADS: Final = 8
-MERGED_OFFSETS: Final = 2_000_000  # at most in one file
+MERGED_OFFSETS: Final = 2_000_000  # at most in one file: what is merged is in memory at once
 LEFTOVER_S: Final = 3600.0  # nobody writes one file for so long
 KEYS: Final = ("user_id", "partition", "offset")  # by which rows are purged
 
@@ -46,13 +46,25 @@ class Span:
 
 
 class SpanFiles:
-    """The files of one kind in `<root>/<folder>`; rows have columns `partition` and `offset`."""
+    """The files of one kind in `<root>/<folder>`; rows have columns `partition` and `offset`.
 
-    def __init__(self, root: str, folder: str, *, prefix: str, schema: pa.Schema) -> None:
+    `merged_offsets`: at most in one file that compaction writes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        folder: str,
+        *,
+        prefix: str,
+        schema: pa.Schema,
+        merged_offsets: int = MERGED_OFFSETS,
+    ) -> None:
         self.fs, path = filesystem(root)
         self.path = f"{path}/{folder}"
         self.schema = schema
         self._prefix = prefix
+        self._merged_offsets = merged_offsets
 
     def write(self, table: pa.Table, span: Span) -> None:
         """Add the rows that cover `span`: readers see all of them or none."""
@@ -107,11 +119,13 @@ class SpanFiles:
                     if span not in kept:
                         self.fs.delete_file(self._file(span))
                         gone += 1
-                for group in _neighbours(pieces):
+                for group in _neighbours(pieces, self._merged_offsets):
                     merged = pa.concat_tables([self._read(p, self.schema.names) for p in group])
                     partition = group[0].span.partition
                     span = Span(partition=partition, first=group[0].lo, last=group[-1].hi)
                     self.write(merged, span)
+                    del merged  # before the next is read; Arrow would keep the memory for itself
+                    pa.default_memory_pool().release_unused()
             except FileNotFoundError:  # another process compacts: leave the rest to it
                 return gone
         return gone
@@ -250,8 +264,9 @@ def _cover(spans: Iterable[Span], *, since: int = 0, until: int | None = None) -
     return pieces
 
 
-def _neighbours(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-    """Groups of two or more adjacent pieces worth one file, as in a log-structured merge."""
+def _neighbours(pieces: Sequence[_Piece], most: int) -> list[list[_Piece]]:
+    """Groups of two or more adjacent pieces worth one file of at most so many offsets, as in a
+    log-structured merge."""
 
     def size(group: list[_Piece]) -> int:
         return group[-1].hi - group[0].lo + 1
@@ -263,7 +278,7 @@ def _neighbours(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
             len(groups) > 1
             and groups[-2][-1].hi + 1 == groups[-1][0].lo
             and size(groups[-2]) <= 2 * size(groups[-1])
-            and size(groups[-2]) + size(groups[-1]) <= MERGED_OFFSETS
+            and size(groups[-2]) + size(groups[-1]) <= most
         ):
             tail = groups.pop()
             groups[-1] += tail

@@ -167,6 +167,21 @@ def test_compaction_leaves_few_files_and_time_to_read_the_old_ones(tmp_path: Pat
     assert keys(log.read()) == expected({0: 640})
 
 
+def test_no_merged_file_is_larger_than_its_kind_may_be(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path))
+    for n in range(64):
+        append(log, 0, n * 10, n * 10 + 9)
+    files = SpanFiles(
+        str(tmp_path), "events", prefix="events", schema=log.schema, merged_offsets=100
+    )
+    for _ in range(4):
+        files.compact()
+    sizes = [span.last - span.first + 1 for span in files.spans()]
+    assert len(sizes) < 16
+    assert max(sizes) <= 100
+    assert keys(log.read()) == expected({0: 640})
+
+
 def test_a_topic_created_anew_begins_an_epoch(tmp_path: Path) -> None:
     log = EventLog(str(tmp_path))
     assert log.epoch("first") == 0
