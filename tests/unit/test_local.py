@@ -101,40 +101,45 @@ def test_learning_is_supervised_until_a_signal_and_then_keeps_its_checkpoint(
     ]
 
 
+class FakeJobs:
+    """The Jobs API of a Ray on which jobs run until `status` says otherwise; ids begin with the
+    kind, and the newest are last."""
+
+    def __init__(self, *running: str) -> None:
+        self.status = dict.fromkeys(running, "RUNNING")
+        self.started: list[str] = []
+
+    def active(self, kind: str) -> Job | None:
+        of_kind = (self.get(name) for name in reversed(self.status) if name.startswith(kind))
+        return next((job for job in of_kind if job.active), None)
+
+    def get(self, name: str) -> Job:
+        kind: JobKind = "student" if name.startswith("student") else "teacher"
+        status = self.status[name]
+        return Job(kind=kind, submission_id=name, status=status, message="", started_ms=0)
+
+    def submit(self, kind: str) -> str:
+        self.started.append(kind)
+        name = f"{kind}-{len(self.started)}"
+        self.status[name] = "RUNNING"
+        return name
+
+
 def test_a_refresh_that_an_operator_asked_for_and_that_fails_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "LOOK_EVERY_S", 0.0)
-    status = {"student": "RUNNING", "asked": "RUNNING"}
-    started: list[str] = []
-
-    class OneRefresh:
-        """The Jobs API of a Ray on which a student learns, and a refresh was asked for."""
-
-        def active(self, kind: str) -> Job | None:
-            job = self.get(kind if kind == "student" else [*status][-1])
-            return job if job.active else None
-
-        def get(self, name: str) -> Job:
-            kind: JobKind = "student" if name == "student" else "teacher"
-            return Job(kind=kind, submission_id=name, status=status[name], message="", started_ms=0)
-
-        def submit(self, kind: str) -> str:
-            started.append(kind)
-            status["again"] = "RUNNING"
-            return "again"
-
-    jobs: Any = OneRefresh()
+    jobs: Any = FakeJobs("student", "teacher-asked")
     watching = learning.LearningJobs(Settings(home=tmp_path), jobs, report=lambda _: None)
     watching.tick()
-    assert started == []
-    status["asked"] = "FAILED"
+    assert jobs.started == []
+    jobs.status["teacher-asked"] = "FAILED"
     watching.tick()
-    assert started == ["teacher"]
-    status["again"] = "STOPPED"  # by the operator, who means it
+    assert jobs.started == ["teacher"]
+    jobs.status["teacher-1"] = "STOPPED"  # by the operator, who means it
     for _ in range(2):
         watching.tick()
-    assert started == ["teacher"]
+    assert jobs.started == ["teacher"]
 
 
 def test_a_student_comes_back_before_a_teacher_that_is_due_starts(
@@ -142,36 +147,17 @@ def test_a_student_comes_back_before_a_teacher_that_is_due_starts(
 ) -> None:
     monkeypatch.setattr(learning, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(learning, "refresh_due", lambda **_: "due")
-    status: dict[str, str] = {}
-    started: list[str] = []
-
-    class Started:
-        """The Jobs API of a Ray on which what was submitted runs until `status` says otherwise."""
-
-        def active(self, kind: str) -> Job | None:
-            job = self.get(kind) if kind in status else None
-            return job if job and job.active else None
-
-        def get(self, name: str) -> Job:
-            kind: JobKind = "student" if name == "student" else "teacher"
-            return Job(kind=kind, submission_id=name, status=status[name], message="", started_ms=0)
-
-        def submit(self, kind: str) -> str:
-            started.append(kind)
-            status[kind] = "RUNNING"
-            return kind
-
-    jobs: Any = Started()
+    jobs: Any = FakeJobs()
     watching = learning.LearningJobs(Settings(home=tmp_path), jobs, report=lambda _: None)
     watching.tick()
-    assert started == ["student", "teacher"]
-    status.update(student="FAILED", teacher="SUCCEEDED")
+    assert jobs.started == ["student", "teacher"]
+    jobs.status.update({"student-1": "FAILED", "teacher-2": "SUCCEEDED"})
     watching.tick()
-    assert started == ["student", "teacher", "student"]
+    assert jobs.started == ["student", "teacher", "student"]
     later = time.monotonic() + learning.HEAD_START_S
     monkeypatch.setattr(time, "monotonic", lambda: later)
     watching.tick()
-    assert started == ["student", "teacher", "student", "teacher"]
+    assert jobs.started == ["student", "teacher", "student", "teacher"]
 
 
 def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path) -> None:
