@@ -179,16 +179,20 @@ class EventLog:
         return total
 
     def portions(
-        self, *, until: Mapping[int, int], records: int = PORTION_RECORDS
+        self,
+        *,
+        since: Mapping[int, int] | None = None,
+        until: Mapping[int, int],
+        records: int = PORTION_RECORDS,
     ) -> list[Portion]:
-        """The log up to `until` (a partition missing from it: to its end), cut between files into
-        portions of at most `records` offsets, or of one file."""
+        """The log from `since` up to `until` (a partition missing: all of it), cut between files
+        into portions of at most `records` offsets, or of one file."""
         until = {**self.end(), **until}
         cuts: list[list[Span]] = []
-        size, at = 0, dict[int, int]()
+        size, at = 0, dict(since or {})
         for span in self._files.spans():  # by partition and first offset, overlaps possible
             first = max(at.get(span.partition, 0), span.first)
-            last = min(span.last, until[span.partition] - 1)
+            last = min(span.last, until.get(span.partition, 0) - 1)  # a new one is left out
             if first > last:
                 continue
             size += last - first + 1

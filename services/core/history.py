@@ -47,7 +47,10 @@ class UserHistory:
 
 @dataclass(frozen=True, kw_only=True)
 class Popularity:
-    """Interactions with one item, in windows of event time that end at the log's newest event."""
+    """Interactions with one item, in windows of event time that end at the log's newest event.
+
+    In whole hours: a day is the newest event's hour and the 23 before it.
+    """
 
     item_id: str
     popularity_1d: int

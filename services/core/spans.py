@@ -46,7 +46,8 @@ class Span:
 
 
 class SpanFiles:
-    """The files of one kind in `<root>/<folder>`; rows have columns `partition` and `offset`.
+    """The files of one kind in `<root>/<folder>`; to read a file in part, its rows need columns
+    `partition` and `offset`.
 
     `merged_offsets`: at most in one file that compaction writes.
     """

@@ -16,53 +16,79 @@ from services.core.events import EVENTS, ITEMS
 from services.core.features import FeatureStore
 from services.core.history import INTERACTIONS, ItemStats, Popularity
 from services.core.settings import Settings
-from services.core.spans import filesystem, write_whole
+from services.core.spans import Span, SpanFiles
 from services.ingest import offline
 
-DAY_US: Final = 86_400 * 1_000_000
-WINDOWS_DAYS: Final = {"popularity_1d": 1, "popularity_7d": 7, "popularity_30d": 30}
-COUNTS: Final = (*WINDOWS_DAYS, "n_events")
+DAY_H: Final = 24
+WINDOWS_H: Final = {
+    "popularity_1d": DAY_H,
+    "popularity_7d": 7 * DAY_H,
+    "popularity_30d": 30 * DAY_H,
+}
+WINDOWS: Final = (*WINDOWS_H, "n_events")
+COUNTS: Final = pa.schema([("item_id", pa.string()), ("hour", pa.int32()), ("n", pa.int64())])
+HOUR_US: Final = 3600 * 1_000_000
+ROWS_MERGED: Final = 50_000  # a row may hold an item's text
 
 logger = logging.getLogger(__name__)
 
 
-def popularity(events: pa.Table) -> list[Popularity]:
-    """Interactions per item; a window of d days holds `newest - d < timestamp <= newest`.
+def counted(counts: pa.Table, events: pa.Table) -> pa.Table:
+    """`counts` (rows of COUNTS) and `events` (item_id, timestamp): interactions per item and hour
+    of event time, hours before every window as one.
 
-    `events`: interactions, with the columns item_id and timestamp.
+    As large as the interactions of 30 days and the catalog at most, however long the log is.
     """
-    if len(events) == 0:
+    hours = pc.divide(events["timestamp"].cast(pa.int64()), HOUR_US).cast(pa.int32())
+    news = pa.table([events["item_id"], hours, np.ones(len(events), np.int64)], schema=COUNTS)
+    rows = pa.concat_tables([counts, news])
+    if len(rows) == 0:
+        return rows
+    past = pa.scalar(pc.max(rows["hour"]).as_py() - max(WINDOWS_H.values()), pa.int32())
+    rows = rows.set_column(1, "hour", pc.max_element_wise(rows["hour"], past))
+    summed = rows.group_by(["item_id", "hour"]).aggregate([("n", "sum")])
+    return summed.rename_columns({"n_sum": "n"}).select(COUNTS.names)
+
+
+def popularity(counts: pa.Table) -> list[Popularity]:
+    """Interactions per item; a window of d days is the newest event's hour and the 24 d - 1
+    hours before it.
+
+    counts: rows of COUNTS.
+    """
+    if len(counts) == 0:
         return []
-    items = events["item_id"].combine_chunks().dictionary_encode()
-    codes = items.indices.to_numpy()
-    age_us = -events["timestamp"].cast(pa.int64()).to_numpy()
-    age_us -= age_us.min()
-    ids = items.dictionary.to_pylist()
-    counts = {"n_events": np.bincount(codes, minlength=len(ids))}
-    for name, days in WINDOWS_DAYS.items():
-        counts[name] = np.bincount(codes[age_us < days * DAY_US], minlength=len(ids))
+    items = counts["item_id"].combine_chunks().dictionary_encode()
+    codes, n = items.indices.to_numpy(), counts["n"].to_numpy()
+    age_h = -counts["hour"].to_numpy()
+    age_h -= age_h.min()
+
+    def within(hours: float) -> list[int]:
+        inside = age_h < hours
+        summed = np.bincount(codes[inside], n[inside], minlength=len(items.dictionary))
+        return summed.astype(np.int64).tolist()
+
+    windows = {name: within(hours) for name, hours in (WINDOWS_H | {"n_events": np.inf}).items()}
     return [
-        Popularity(item_id=item_id, **{name: int(count[i]) for name, count in counts.items()})
-        for i, item_id in enumerate(ids)
+        Popularity(item_id=item_id, **{name: sums[i] for name, sums in windows.items()})
+        for i, item_id in enumerate(items.dictionary.to_pylist())
     ]
 
 
-def statistics(events: pa.Table, items: pa.Table) -> dict[str, ItemStats]:
+def statistics(counts: pa.Table, items: pa.Table) -> dict[str, ItemStats]:
     """All that is known of each item; of its metadata the latest by (timestamp, offset)."""
-    counts = {row.item_id: row for row in popularity(events)}
+    known = {row.item_id: row for row in popularity(counts)}
     metadata = {row["item_id"]: row for row in items.to_pylist()}
     found = {}
-    for item_id in counts.keys() | metadata.keys():
+    for item_id in known.keys() | metadata.keys():
         given = metadata.get(item_id, {})
-        count = counts.get(item_id)
+        count = known.get(item_id)
         found[item_id] = ItemStats(
             item_id=item_id,
             title=given.get("title"),
             categories=tuple(given.get("categories") or ()),
             text=given.get("text"),
-            **(
-                {} if count is None else {n: getattr(count, n) for n in (*WINDOWS_DAYS, "n_events")}
-            ),
+            **({} if count is None else {name: getattr(count, name) for name in WINDOWS}),
         )
     return found
 
@@ -75,9 +101,18 @@ class RollUp:
         self._features = features
         self._events = EventLog(settings.offline, EVENTS)
         self._items = EventLog(settings.offline, ITEMS)
-        # All interactions so far, 30 bytes each: reading the whole log again at every pass took
-        # 2 s of every 30 at half a million events, and features waited for it.
-        self._seen: pa.Table | None = None
+        self._rows = SpanFiles(  # numbered as if they were one partition's offsets
+            settings.offline,
+            "item_stats",
+            prefix="rollup",
+            schema=offline.ITEM_STATS,
+            merged_offsets=ROWS_MERGED,
+        )
+        # Of the log so far: reading the whole of it again at every pass took 2 s of every 30 at
+        # half a million events, and features waited for it.
+        self._counts = COUNTS.empty_table()
+        self._newest_ms: int | None = None  # when the newest interaction happened
+        self._counted: dict[int, int] = {}
         self._end: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._written: dict[str, ItemStats] = {}
         self._lost = False
@@ -94,41 +129,44 @@ class RollUp:
         elif end == self._end:
             return
         started = time.monotonic()
-        events = self._interactions(until=end[0])
+        self._count(until=end[0])
         items = self._items.read(until=end[1], columns=["item_id", "title", "categories", "text"])
-        stats = statistics(events, items)
+        stats = statistics(self._counts, items)
         changed = [row for row in stats.values() if row != self._written.get(row.item_id)]
         if changed:
-            self._write(changed, events)
-        self._written, self._seen, self._end = stats, events, end
-        gone = self._events.compact() + self._items.compact()
+            self._write(changed)
+        self._written, self._end = stats, end
+        gone = self._events.compact() + self._items.compact() + self._rows.compact()
         logger.info(
             "rolled up %d items (%d changed) of %d events in %.1f s; %d files compacted",
-            *(len(stats), len(changed), len(events), time.monotonic() - started, gone),
+            *(len(stats), len(changed), pc.sum(self._counts["n"]).as_py() or 0),
+            *(time.monotonic() - started, gone),
         )
 
-    def _interactions(self, *, until: dict[int, int]) -> pa.Table:
-        """Every interaction in the log before `until`; only what is new is read."""
-        news = self._events.read(
-            since=self._end[0], until=until, columns=["item_id", "type", "timestamp"]
-        )
-        news = news.filter(pc.is_in(news["type"], value_set=pa.array(INTERACTIONS)))
-        news = news.select(["item_id", "timestamp"])
-        return news if self._seen is None else pa.concat_tables([self._seen, news]).combine_chunks()
-
-    def _write(self, changed: list[ItemStats], events: pa.Table) -> None:
-        counts = [
-            Popularity(
-                item_id=row.item_id,
-                **{name: getattr(row, name) for name in COUNTS},
+    def _count(self, *, until: dict[int, int]) -> None:
+        """Count what the log holds before `until`; only what is new is read."""
+        counts, newest_ms = self._counts, self._newest_ms
+        for part in self._events.portions(since=self._counted, until=until):
+            news = self._events.read(
+                since=part.since, until=part.until, columns=["item_id", "type", "timestamp"]
             )
+            news = news.filter(pc.is_in(news["type"], value_set=pa.array(INTERACTIONS)))
+            if len(news):
+                counts = counted(counts, news)
+                last_ms = pc.max(news["timestamp"]).cast(pa.timestamp("ms", tz="UTC")).value
+                newest_ms = max(last_ms, newest_ms or last_ms)
+        self._counts, self._newest_ms, self._counted = counts, newest_ms, until
+
+    def _write(self, changed: list[ItemStats]) -> None:
+        self._features.write_popularity(
+            Popularity(item_id=row.item_id, **{name: getattr(row, name) for name in WINDOWS})
             for row in changed
-        ]
-        self._features.write_popularity(counts)
-        now_ms = time.time_ns() // 1_000_000
-        newest = pc.max(events["timestamp"]).cast(pa.timestamp("ms", tz="UTC")).value
-        table = offline.item_stats_table(
-            changed, valid_from_ms=0 if newest is None else newest + 1, now_ms=now_ms
         )
-        fs, root = filesystem(self._settings.offline)
-        write_whole(fs, f"{root}/item_stats/rollup-{now_ms:015d}.parquet", table)
+        now_ms = time.time_ns() // 1_000_000
+        table = offline.item_stats_table(
+            changed,
+            valid_from_ms=0 if self._newest_ms is None else self._newest_ms + 1,
+            now_ms=now_ms,
+        )
+        written = max((span.last + 1 for span in self._rows.spans()), default=0)
+        self._rows.write(table, Span(partition=0, first=written, last=written + len(table) - 1))
