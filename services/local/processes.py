@@ -4,6 +4,7 @@ Every process leads a session of its own, logs to a file of its own, and is stop
 all its descendants, wherever they have moved in the process tree.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +124,20 @@ def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:
         if log.stat().st_size > most_bytes:
             shutil.copyfile(log, log.with_suffix(".log.1"))
             os.truncate(log, 0)
+
+
+@contextmanager
+def one_at_a_time(report: Callable[[str], None]) -> Iterator[None]:
+    """One stack of this user starts at a time: a port that it finds free is taken when the next
+    one looks."""
+    path = Path(tempfile.gettempdir(), f"reflux-start-{os.getuid()}.lock")
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another stack that is starting here")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def free_port(wanted: int = 0) -> int:

@@ -64,13 +64,14 @@ class Stack:
 
         Without `ray`, `ingest` (gateway, workers) or `answers` (console too) those are left out.
         """
-        refuse_second_stack(self.settings)
-        try:
-            self._start_backends(ray=ray)
-            self._start_services(ingest=ingest, answers=answers)
-        except BaseException:
-            self.stop()
-            raise
+        with processes.one_at_a_time(self.report):
+            refuse_second_stack(self.settings)
+            try:
+                self._start_backends(ray=ray)
+                self._start_services(ingest=ingest, answers=answers)
+            except BaseException:
+                self.stop()
+                raise
 
     def pid(self, name: str) -> int:
         return self._children[name].process.pid

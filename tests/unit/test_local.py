@@ -4,6 +4,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from services.core.settings import Settings
 from services.local import learning
 from services.local.jobs import Job, JobKind, Jobs
 from services.local.learning import TeacherState, refresh_due
-from services.local.processes import Command, Process, rotate_logs
+from services.local.processes import Command, Process, one_at_a_time, rotate_logs
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth
 from services.local.status import demo_beside
@@ -240,6 +241,28 @@ def test_a_process_that_ends_at_start_shows_its_last_words(tmp_path: Path) -> No
     process = _start("print('no such luck')", tmp_path)
     with pytest.raises(UnavailableError, match="no such luck"):
         process.wait_ready()
+
+
+def test_a_stack_waits_until_another_that_starts_has_its_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said: list[str] = []
+    started: list[str] = []
+
+    def start_second() -> None:
+        with one_at_a_time(said.append):
+            started.append("second")
+
+    second = threading.Thread(target=start_second)
+    with one_at_a_time(said.append):
+        second.start()
+        while second.is_alive() and not said:
+            time.sleep(0.01)
+        started.append("first")
+    second.join()
+    assert started == ["first", "second"]
+    assert said == ["waiting for another stack that is starting here"]
 
 
 def test_help_answers_without_heavy_imports() -> None:
