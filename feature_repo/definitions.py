@@ -63,7 +63,11 @@ item_stats = FeatureView(
         Field(name="title", dtype=String),
         Field(name="categories", dtype=Array(String)),
         Field(name="text", dtype=String),
-        Field(name="popularity_1d", dtype=Int64, description="interactions in the last day"),
+        Field(
+            name="popularity_1d",
+            dtype=Int64,
+            description="interactions in the hour of the log's newest event and the 23 before it",
+        ),
         Field(name="popularity_7d", dtype=Int64),
         Field(name="popularity_30d", dtype=Int64),
         Field(name="n_events", dtype=Int64, description="interactions ever"),

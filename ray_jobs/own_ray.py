@@ -56,4 +56,6 @@ def start(*, num_cpus: int | None = None) -> None:
     # By default it would write a token into the home folder, which later ones then demand.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["RAY_API_SERVER_ADDRESS"] = NOWHERE  # ours has no API server, others' must not do
+    # By default as many processes start at a time as there are cores, and Ray warns of the others.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
