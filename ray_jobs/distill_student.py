@@ -14,18 +14,15 @@ import signal
 import sys
 from typing import Any
 
-import pyarrow.fs
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ray_jobs import own_ray, recipes
+from ray_jobs.imports import importing
 from ray_jobs.recipes import CHECKPOINTS_KEPT
-from ray_jobs.rendezvous import RendezvousConfig, prepare_ray_train
+from ray_jobs.stop_file import RUN, StopFile
+from ray_jobs.trainer import Trainer
 from services.core.errors import RefluxError
 from services.core.settings import Settings
-
-RUN = "distill_student"
-STOP = "stop"  # a file beside the checkpoints: the driver asks the workers to end
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,25 +33,23 @@ def main(argv: list[str] | None = None) -> None:
         recipe = recipes.chosen(settings, arguments.parse_args(argv).recipe)
     except (RefluxError, ValueError) as error:
         sys.exit(str(error))
-    prepare_ray_train()
     own_ray.join(niceness=recipe.distill.niceness)
     stop = StopFile(settings)
     stop.clear()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
     config = recipe.distill
-    DataParallelTrainer(
+    Trainer(
         train_loop,
-        train_loop_config={"settings": settings.environment(secrets=False), "recipe": recipe.name},
-        backend_config=RendezvousConfig(),
-        scaling_config=ray.train.ScalingConfig(
+        {"settings": settings.environment(secrets=False), "recipe": recipe.name},
+        scaling=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             placement_strategy=config.placement,
             resources_per_worker={"CPU": config.cpus_per_worker},
         ),
-        run_config=ray.train.RunConfig(
+        run=ray.train.RunConfig(
             name=RUN,
             storage_path=settings.checkpoints,
-            # Ray Train starts four helpers beside it: it goes first, and steps back once it learns.
+            # Ray Train's helper starts beside it: it goes first, and steps back once it learns.
             worker_runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},
             failure_config=ray.train.FailureConfig(max_failures=-1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
@@ -62,34 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     ).fit()
 
 
-class StopFile:
-    """How the driver, which gets the SIGTERM, tells the workers, wherever they are."""
-
-    def __init__(self, settings: Settings) -> None:
-        uri = f"{settings.checkpoints}/{RUN}"
-        self._fs: pyarrow.fs.FileSystem = pyarrow.fs.LocalFileSystem()
-        self._directory = uri
-        if "://" in uri:
-            self._fs, self._directory = pyarrow.fs.FileSystem.from_uri(uri)
-        self._path = f"{self._directory}/{STOP}"
-
-    def set(self) -> None:
-        self._fs.create_dir(self._directory, recursive=True)
-        self._fs.open_output_stream(self._path).close()
-
-    def clear(self) -> None:
-        if self.is_set():
-            self._fs.delete_file(self._path)
-
-    def is_set(self) -> bool:
-        found = self._fs.get_file_info(self._path).type
-        return bool(found != pyarrow.fs.FileType.NotFound)
-
-
 def train_loop(given: dict[str, Any]) -> None:
     """One Ray Train worker. What it needs, torch above all, is imported there and not here: a job
     that is started again then learns sooner."""
-    from ray_jobs.distill_worker import work
+    with importing():
+        from ray_jobs.distill_worker import work
 
     work(given)
 

@@ -15,11 +15,11 @@ from ray.train.v2._internal.execution import context as reporting
 
 from ray_jobs import checkpoint, own_ray, recipes
 from ray_jobs.checkpoint import State
-from ray_jobs.distill_student import StopFile
 from ray_jobs.distiller import Distiller
 from ray_jobs.memory import Trimmer
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import Recipe
+from ray_jobs.stop_file import StopFile
 from ray_jobs.stream import EventStream
 from ray_jobs.teachers import Teachers
 from ray_jobs.warm_up import first_state, warm_up

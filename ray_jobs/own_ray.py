@@ -1,33 +1,20 @@
-"""Which Ray is ours, where several run on one machine, and who steps back for whom there.
-
-Ray Train leaves a detached actor behind each run that looks whether the run's controller still
-lives, and takes its workers' resources away once it doesn't. That actor asks the Ray that
-`RAY_ADDRESS` or `RAY_API_SERVER_ADDRESS` names, else whichever it finds on the machine; another
-Ray knows of no such controller, and a training in good health is ended. So both are said here.
-"""
+"""The Ray that a job runs on, and who steps back for whom there."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import ray
 
-NOWHERE: Final = "http://127.0.0.1:9"  # the discard port: a question there fails, and ends nothing
-
 
 def join(*, niceness: int = 0, log_to_driver: bool = True) -> None:
-    """Connect a job to the Ray that it was submitted to (`RAY_ADDRESS`), and all of its actors.
+    """Connect a job to the Ray that it was submitted to.
 
     `niceness`: of the job's processes from their first import on; 0: whatever that Ray's is.
     """
     if ray.is_initialized():
         return
-    env_vars = {}
-    if address := os.environ.get("RAY_ADDRESS"):
-        env_vars["RAY_ADDRESS"] = address
-    if niceness:
-        env_vars["RAY_worker_niceness"] = str(niceness)
+    env_vars = {"RAY_worker_niceness": str(niceness)} if niceness else {}
     ray.init(runtime_env={"env_vars": env_vars}, log_to_driver=log_to_driver)
 
 
@@ -55,7 +42,6 @@ def start(*, num_cpus: int | None = None) -> None:
     """Start a Ray on this machine for this process alone, without a dashboard."""
     # By default it would write a token into the home folder, which later ones then demand.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ["RAY_API_SERVER_ADDRESS"] = NOWHERE  # ours has no API server, others' must not do
     # By default as many processes start at a time as there are cores, and Ray warns of the others.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)

@@ -20,26 +20,13 @@ from ray.exceptions import GetTimeoutError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
+from ray_jobs.imports import importing
+
 LEAVE_TIMEOUT_S: Final = 30.0
-
-
-def prepare_ray_train() -> None:
-    """Settings that Ray Train reads from the environment once a trainer starts."""
-    for name, value in {
-        # report() waits for the controller's next look: 1.5 s at the default of 2 s.
-        "HEALTH_CHECK_INTERVAL_S": "0.1",
-        "ENABLE_PRINT_PATCH": "0",  # it prints every line twice
-        # An actor for each run (200 MB, one more process to wait for) that asks whether the cloud
-        # is about to take a node away. A node that is gone costs us seconds without it, too.
-        "ENABLE_PREEMPTION_WATCHER": "0",
-    }.items():
-        os.environ.setdefault(f"RAY_TRAIN_{name}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RendezvousConfig(BackendConfig):
-    """`DataParallelTrainer(backend_config=RendezvousConfig(use_gpu=...), ...)`."""
-
     use_gpu: bool = False
 
     @property
@@ -59,6 +46,8 @@ class _Backend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, RendezvousConfig)
+        if len(worker_group) == 1:  # nobody to find
+            return
         address, port = worker_group.execute_single(0, get_address_and_port)
         joins = [
             worker_group.execute_single_async(
@@ -103,10 +92,12 @@ def _leave() -> None:
 @contextmanager
 def _on_its_device() -> Iterator[None]:
     """Around a worker's training loop."""
-    import torch
-    from ray.train.torch import get_device
+    with importing():
+        import torch
 
     if torch.cuda.is_available():
+        from ray.train.torch import get_device
+
         torch.cuda.set_device(get_device())
     yield
 

@@ -24,18 +24,17 @@ import ray.train
 import torch
 from numpy.typing import NDArray
 from ray.train.torch import get_device
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from torch import Tensor
 
 from ray_jobs import own_ray
 from ray_jobs.parallel import Optimizers, prepared, restore, states, whole, world
 from ray_jobs.recipes import Recipe, TrainConfig
-from ray_jobs.rendezvous import RendezvousConfig, prepare_ray_train
 from ray_jobs.shards import History, Shard
 from ray_jobs.spectral import start_items
 from ray_jobs.teacher_data import Lines
 from ray_jobs.teacher_quality import Quality, judge
 from ray_jobs.teacher_steps import NextItemLoss, learn, optimizers_of, schedule
+from ray_jobs.trainer import Trainer
 from services.core.models.sequences import Sequences
 from services.core.models.teacher import Teacher
 
@@ -60,7 +59,6 @@ def train(
     `history` has the recipe's number of shards. `checkpoints` is any URI that pyarrow
     reaches; what the run writes there is removed at its end.
     """
-    prepare_ray_train()
     torch.manual_seed(seed)
     model = (
         copy.deepcopy(parent) if parent else Teacher(recipe.teacher, n_rows=len(history.catalog))
@@ -116,7 +114,7 @@ def _trainer(
     seed: int,
     name: str,
     checkpoints: str,
-) -> DataParallelTrainer:
+) -> Trainer:
     train = recipe.train
     epochs = train.refresh_epochs if warm else train.max_epochs
     events_per_step = len(history.shards) * train.batch_lines * train.line_events
@@ -131,11 +129,10 @@ def _trainer(
         seed=seed,
         has_parent=warm,
     )
-    return DataParallelTrainer(
+    return Trainer(
         train_worker,
-        train_loop_config={"run": ray.put(run)},
-        backend_config=RendezvousConfig(use_gpu=train.use_gpu),
-        scaling_config=ray.train.ScalingConfig(
+        {"run": ray.put(run)},
+        scaling=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             placement_strategy=train.placement,
             use_gpu=train.use_gpu,
@@ -144,7 +141,7 @@ def _trainer(
                 "GPU": train.gpu_share if train.use_gpu else 0.0,
             },
         ),
-        run_config=ray.train.RunConfig(
+        run=ray.train.RunConfig(
             name=name,
             storage_path=checkpoints,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),

@@ -256,6 +256,7 @@ VICTIMS: Final = (
         has=("ray_jobs.distill_student", "python"),
         concerns=("student",),
     ),
+    Victim(name="distillation controller", has=("ray::TrainController",), concerns=("student",)),
     Victim(name="distillation worker", has=(TRAINING_WORKER,), concerns=("student",)),
     Victim(name="serve replica", has=("ray::ServeReplica",), concerns=("answers",)),
     Victim(

@@ -42,7 +42,6 @@ def prepare(given: Given, say: Say) -> dict[str, Outcome]:
 @pytest.fixture(autouse=True)
 def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # undone afterwards
     own_ray.start(num_cpus=2)
     yield
     ray.shutdown()

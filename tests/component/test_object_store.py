@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ray_jobs.distill_student import StopFile
+from ray_jobs.stop_file import StopFile
 from services.core.eventlog import EventLog, events_table
 from services.core.registry import Registry
 from services.core.settings import Settings

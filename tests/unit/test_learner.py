@@ -1,5 +1,7 @@
 """What is learned of one batch: its terms, whom they trust, and where a new student begins."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -107,3 +109,25 @@ def test_a_new_student_sees_items_as_the_teacher_does() -> None:
 
     assert torch.corrcoef(torch.stack([alike(student), alike(teacher)]))[0, 1] > 0.5
     assert not student.encoder.item_id.weight[0].any()
+
+
+def test_adam_is_torchs_and_leaves_the_compiler_alone() -> None:
+    script = """
+import sys, torch
+from ray_jobs.learner import Adam
+
+def learned(kind):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    return model.weight
+
+ours = learned(Adam)
+assert "torch._dynamo" not in sys.modules
+assert torch.equal(ours, learned(torch.optim.AdamW))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
