@@ -10,15 +10,17 @@ This is the driver; what each worker does is `distill_worker`.
 """
 
 import argparse
+import os
 import signal
 import sys
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 
 from ray_jobs import own_ray, recipes
 from ray_jobs.imports import importing
-from ray_jobs.recipes import CHECKPOINTS_KEPT
+from ray_jobs.recipes import CHECKPOINTS_KEPT, Recipe
 from ray_jobs.stop_file import RUN, StopFile
 from ray_jobs.trainer import Trainer
 from services.core.errors import RefluxError
@@ -37,8 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopFile(settings)
     stop.clear()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
+    try:
+        _trainer(settings, recipe).fit()
+    except RayActorError as error:  # its controller is gone; Ray's own way out takes a second more
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _trainer(settings: Settings, recipe: Recipe) -> Trainer:
     config = recipe.distill
-    Trainer(
+    return Trainer(
         train_loop,
         {"settings": settings.environment(secrets=False), "recipe": recipe.name},
         scaling=ray.train.ScalingConfig(
@@ -54,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             failure_config=ray.train.FailureConfig(max_failures=-1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),
-    ).fit()
+    )
 
 
 def train_loop(given: dict[str, Any]) -> None:

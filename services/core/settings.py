@@ -102,6 +102,11 @@ class Settings(BaseSettings):
         64 * 2**20, ge=2**16, description="of all requests that wait for Kafka; beyond: 429"
     )
     kafka_timeout_s: float = Field(10.0, gt=0, description="until an unacknowledged event is a 503")
+    kafka_session_s: float = Field(
+        6.0,
+        gt=0,
+        description="until a silent worker's partitions go to others; Kafka: >= 6",
+    )
 
     # Learning.
     learn: bool = Field(True, description="`reflux up` starts the jobs; else submit them by hand")

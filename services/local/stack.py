@@ -34,6 +34,8 @@ ADDRESSES = (
     *("gateway_url", "recommend_url", "console_url"),
 )
 
+SESSION_S = 4.0  # the embedded broker allows less than Kafka: a killed worker is back sooner
+
 Report = Callable[[str], None]
 
 
@@ -109,6 +111,7 @@ class Stack:
             port = usual_port("kafka", settings.kafka_port)
             self._spawn(processes.broker(port))
             addresses["kafka_bootstrap"] = f"{processes.LOOPBACK}:{port}"
+            addresses["kafka_session_s"] = min(settings.kafka_session_s, SESSION_S)
         if not settings.redis:
             port = usual_port("redis", settings.redis_port)
             self._spawn(processes.redis(port, data=settings.home.absolute() / "redis"))
