@@ -132,6 +132,9 @@ def serve(
     swap_every: Annotated[
         float, typer.Option(help="also measure while a version is published as often, in s; 0: no")
     ] = 2.0,
+    turns: Annotated[
+        int, typer.Option(help="of the phases without and with such versions", min=1)
+    ] = 3,
     ingest: Annotated[
         float, typer.Option(help="also measure while this many events a second come in; 0: no")
     ] = 0.0,
@@ -139,7 +142,7 @@ def serve(
     """How fast the answers are, beside a no-op, bare uvicorn, LitServe and the engine alone.
 
     Starts what it needs in a home of its own and stops it again. Each subject answers as many as
-    it can (closed loop), then half of that at a fixed rate (open loop), then the same with swaps.
+    it can (closed loop), then half of that at a fixed rate (open loop), in turns with swaps.
     """
     from ray_jobs import datasets
     from ray_jobs.evaluate.events import LogChoice
@@ -173,6 +176,7 @@ def serve(
             seconds=seconds,
             open_s=open_seconds or seconds,
             swap_every_s=swap_every,
+            turns=turns,
             ingest_per_s=ingest,
         )
         bench = Bench(settings, wanted, choice, log, report=_report)

@@ -78,6 +78,7 @@ class Wanted:
     items: Sequence[int]
     seconds: float
     open_s: float  # of the phases at a fixed rate
+    turns: int  # of the phases with and without swaps, whose ratio a noisy machine hides otherwise
     swap_every_s: float  # 0: no such phase
     ingest_per_s: float  # 0: no such phase
 
@@ -178,11 +179,13 @@ class Bench:
             yield self._phase(subject, items, OPEN, settings, rate=half)
             if name == NOOP or items > min(self._wanted.items):
                 return
-            if name == ENDPOINT:
-                yield self._phase(subject, items, FLOOD, settings)
-            if self._wanted.swap_every_s:
+            for turn in range(self._wanted.turns if self._wanted.swap_every_s else 0):
+                if turn > 0:
+                    yield self._phase(subject, items, OPEN, settings, rate=half)
                 with self._swapping(artifact) as happened:
                     yield self._phase(subject, items, SWAPS, settings, half, happened)
+            if name == ENDPOINT:
+                yield self._phase(subject, items, FLOOD, settings)
             if self._wanted.ingest_per_s:
                 with self._ingesting() as happened:
                     yield self._phase(subject, items, INGEST, settings, half, happened)
