@@ -131,9 +131,11 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{files}/metrics.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{files}/server-state",
-        # How soon a dead replica gets no more requests, and a dead proxy is started again:
-        # by default 10 s and 31 s.
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # How soon a frozen replica gets no more requests, and a dead proxy is started again: by
+        # default 10 s and 31 s. The first is also how long a check may take. A replica that sheds
+        # a flood takes 1.7 s on a slow machine; taken for dead, its requests would go to Serve's
+        # Python proxy instead, which lets some wait until they are given up.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "3s",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     }
