@@ -135,7 +135,7 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
         # default 10 s and 31 s. The first is also how long a check may take. A replica that sheds
         # a flood takes 1.7 s on a slow machine; taken for dead, its requests would go to Serve's
         # Python proxy instead, which lets some wait until they are given up.
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "3s",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     }
