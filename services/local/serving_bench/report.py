@@ -1,6 +1,5 @@
 """The bench's table, and the ratios that the figures are judged by."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -29,11 +28,15 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         if over and under:
             found.append(Figure(name, over / under, reach))
 
-    def p99s(subject: str, items: int, phase: str) -> list[float]:
-        """One of each turn."""
+    def p99s(subject: str, items: int, phase: str) -> list[float | None]:
+        """One of each turn; None where nobody was answered."""
         wanted = (subject, items, phase)
         these = [row.measured for row in rows if (row.subject, row.items, row.phase) == wanted]
-        return [one.from_due_ms.get("p99", math.nan) for one in these]
+        return [one.from_due_ms.get("p99") for one in these]
+
+    def p99(subject: str, items: int, phase: str) -> float | None:
+        known = [one for one in p99s(subject, items, phase) if one]
+        return median(known) if known else None
 
     def per_s(subject: str, items: int) -> float | None:
         row = by.get((subject, items, CLOSED))
@@ -62,15 +65,17 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         )
         for subject in (ENDPOINT, "uvicorn", "litserve"):
             turns = zip(p99s(subject, items, SWAPS), p99s(subject, items, OPEN), strict=False)
-            if ratios := [swapping / without for swapping, without in turns]:
+            if ratios := [one / other for one, other in turns if one and other]:
                 name = f"{about}{subject}, p99 with swaps / without, median of {len(ratios)} turns"
                 found.append(Figure(name, median(ratios), "<= 1.3"))
     for subject in (ENDPOINT, "uvicorn", "litserve"):
         if len(sizes) > 1:
-            most, least = (p99s(subject, items, OPEN) for items in (sizes[-1], sizes[0]))
-            if most and least:
-                name = f"{subject}, p99 at {sizes[-1]:,} items / at {sizes[0]:,}"
-                found.append(Figure(name, median(most) / median(least), "<= 2"))
+            ratio(
+                f"{subject}, p99 at {sizes[-1]:,} items / at {sizes[0]:,}",
+                p99(subject, sizes[-1], OPEN),
+                p99(subject, sizes[0], OPEN),
+                "<= 2",
+            )
     return found
 
 
