@@ -70,7 +70,8 @@ class _Backend(Backend):
 
 def _join(*, backend: str, address: str, port: int, world_rank: int, world_size: int) -> None:
     """In a worker."""
-    from ray.train.torch import config
+    with importing():
+        from ray.train.torch import config
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     _stay_at_our_address()
@@ -84,9 +85,7 @@ def _leave() -> None:
     import torch.distributed as dist
     from ray.train.torch import config
 
-    config._shutdown_torch(
-        destroy_process_group=dist.is_initialized() and dist.get_world_size() > 1
-    )
+    config._shutdown_torch(destroy_process_group=dist.is_initialized())
 
 
 @contextmanager
