@@ -1,6 +1,7 @@
 """The `reflux` command. Every heavy import waits inside its command: `--help` stays instant."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,7 @@ def demo(
     """The whole loop on a real log: history, teacher, student, then the rest as live traffic."""
     from services.local.demo import Demo
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what was started, as Ctrl-C
     limit_s = parse_duration_s(duration) if duration else None
     Demo(_settings(), dataset=dataset, rate=rate, max_events=events or None, limit_s=limit_s).run()
 
