@@ -38,8 +38,10 @@ LOG_EVERY_S = 5.0
 def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
     """Everything that the offline log holds, remembered; nothing learned yet."""
     events, items = EventLog(settings.offline), EventLog(settings.offline, ITEMS)
-    end = resume_offsets(settings, events)
-    items_until = items.end()
+    # Worker 0's word: the log grows meanwhile, and all need the same catalog.
+    end, items_until = peers.gather(
+        (resume_offsets(settings, events), resume_offsets(settings, items))
+    )[0]
     state = remembering(
         (
             Received.of_log(events.read(since=part.since, until=part.until, columns=COLUMNS))

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ray_jobs import recipes
+from ray_jobs.peers import Peers
 from ray_jobs.stream import EventStream, Received
-from services.core.eventlog import EPOCH_SPAN, Arrived, EventLog, events_table
-from services.core.events import EVENTS, Event, EventType, encode
+from ray_jobs.warm_up import first_state
+from services.core.eventlog import EPOCH_SPAN, Arrived, EventLog, events_table, items_table
+from services.core.events import EVENTS, ITEMS, Event, EventType, Item, encode
 from services.core.kafka import ensure_topics, make_producer
 from services.core.settings import Settings
 
@@ -59,6 +63,36 @@ def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
         assert drain(stream, "ud", 1) == ["ud"]
     with closing(EventStream(settings, {0: 0, 1: 0}, rank=1, world=2)) as share:
         assert set(share.positions) == {1}
+
+
+class Told(Peers):
+    """Worker 0, which notes what it tells, or another one, which takes its word for it."""
+
+    def __init__(self, rank: int, said: list[Any]) -> None:
+        super().__init__(rank, 2)
+        self._said = said
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.rank == 0:
+            self._said.append(value)
+        return [self._said[-1]]
+
+
+def test_workers_begin_with_one_catalog_though_the_log_grows(
+    fresh_kafka: str, tmp_path: Path
+) -> None:
+    settings = settings_of(fresh_kafka, tmp_path / "home")
+    log, items = EventLog(settings.offline), EventLog(settings.offline, ITEMS)
+    log.append(events_table(send(settings, ["a"])))
+    catalogs, said = [], list[Any]()
+    for rank, item_id in enumerate(("one", "other")):
+        state = first_state(settings, recipes.smoke_cpu(), Told(rank, said))
+        catalogs.append(state.catalog.to_table())
+        item = Item(item_id=item_id, title=item_id, timestamp=1_000)
+        items.append(
+            items_table([Arrived(record=item, arrival_ms=1_000, partition=0, offset=rank)])
+        )
+    assert catalogs[0].equals(catalogs[1])
 
 
 def test_a_topic_created_anew_is_noticed_and_read_from_its_start(
