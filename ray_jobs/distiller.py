@@ -23,7 +23,7 @@ from ray_jobs.stream import Received, answer_lists
 from ray_jobs.teachers import Asked, Teaching
 from ray_jobs.telemetry import Telemetry
 from ray_jobs.warm_up import warm_up
-from services.core.eventlog import EventLog
+from services.core.eventlog import EventLog, records_between
 from services.core.events import ITEMS
 from services.core.metrics import Ranks, gains_at
 from services.core.settings import Settings
@@ -302,8 +302,8 @@ class Distiller:
 
     def _trust(self, pending: Pending, teacher: Ranks | None) -> float:
         """What the teacher deserves, judged by what all workers have seen of it."""
-        counters, offsets = self.state.counters, self._teachers.offsets
-        age = sum(max(0, at - offsets.get(p, at)) for p, at in self.state.positions.items())
+        counters = self.state.counters
+        age = records_between(self._teachers.offsets, self.state.positions)
         n_new, by_teacher, by_student = 0, 0.0, 0.0
         if teacher is not None and pending.n_new:
             n_new = pending.n_new

@@ -11,6 +11,7 @@ from typing import Any
 from services.console import scrape
 from services.console.scrape import Samples, Scraper, buckets, quantile, total
 from services.core.errors import RegistryError
+from services.core.eventlog import EventLog, records_between
 from services.core.registry import Kind, Registry, Serving
 from services.core.settings import Settings
 from services.core.stackfile import is_alive, read_stack
@@ -153,8 +154,6 @@ class Observer:
         said = total(samples, "reflux_student_lag_events")
         if said is not None or not self._read_log:
             return said
-        from services.core.eventlog import EventLog
-
         return EventLog(self._settings.offline).count(since=learned)
 
     def _serving(self, kind: Kind) -> Serving | None:
@@ -193,4 +192,4 @@ def ratios(metrics: Mapping[str, float]) -> dict[str, float | None]:
 def age_events(learned: Mapping[int, int], teacher: Manifest) -> int:
     """Events that the student has learned since those that the teacher knows."""
     known = {int(partition): int(end) for partition, end in teacher.get("offsets", {}).items()}
-    return sum(max(0, end - known.get(partition, end)) for partition, end in learned.items())
+    return records_between(known, learned)

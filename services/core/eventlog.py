@@ -65,6 +65,18 @@ def kafka_offset(offset: int) -> int:
     return offset % EPOCH_SPAN
 
 
+def records_between(since: Mapping[int, int], until: Mapping[int, int]) -> int:
+    """Records from one position in the log to another, of the partitions that both know.
+
+    Where the topic was created anew between them, those of the new one: how many the old one had
+    left, only the log knows (`EventLog.count`).
+    """
+    return sum(
+        max(0, end - max(since.get(partition, end), epoch_of(end) * EPOCH_SPAN))
+        for partition, end in until.items()
+    )
+
+
 Record = TypeVar("Record", Event, Item)
 
 

@@ -21,6 +21,7 @@ from services.core.eventlog import (
     epoch_of,
     events_table,
     kafka_offset,
+    records_between,
 )
 from services.core.events import Event, EventType
 from services.core.forgetting import Forgotten, Tombstone
@@ -92,6 +93,12 @@ def test_replayed_and_overlapping_spans_read_as_if_written_once(
         log.compact()
         assert keys(log.read()) == expected(ends)
         assert log.end() == ends
+
+
+def test_records_between_positions_of_two_topics_are_those_of_the_new_one() -> None:
+    assert records_between({0: 5, 1: 7}, {0: 9, 1: 7, 2: 30}) == 4
+    assert records_between({0: 5}, {0: EPOCH_SPAN + 3}) == 3
+    assert records_between({0: EPOCH_SPAN + 3}, {0: 5}) == 0
 
 
 def test_columns_and_values_come_back(tmp_path: Path) -> None:
