@@ -94,15 +94,14 @@ class Publisher:
             self._gains += told
         self._own_gains = []
         verdict = self._judge(probe)
-        counters.rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
+        rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
         if verdict.promoted:
             verdict = self._peers.gather(self._unless_held(verdict))[0]
-        pull_back = state.proved is not None and self._must_go_back()
+        pull_back = state.proved is not None and self._must_go_back(rejected_in_a_row)
         if pull_back:
-            counters.learning_rate = max(counters.learning_rate / 2, MIN_LEARNING_RATE)
             reason = (
-                f"{verdict.reason}; rejected {counters.rejected_in_a_row} times in a row: back to "
-                f"version {counters.proved}, learning rate {counters.learning_rate:g}"
+                f"{verdict.reason}; rejected {rejected_in_a_row} times in a row: back to "
+                f"version {counters.proved}, learning rate {self._halved():g}"
             )
             verdict = Verdict(promoted=False, reason=reason)
         qualities = self._peers.gather(state.quality)
@@ -113,11 +112,12 @@ class Publisher:
         written = self._peers.rank != 0 or self._try_to_write(
             verdict, qualities, positions, arrivals_ms
         )
-        if not self._peers.gather(written)[0]:
-            return Verdict(promoted=False, reason="the registry couldn't be written")
-        counters.published, counters.serving = self._peers.gather(
-            (counters.published, counters.serving)
+        written, counters.published, counters.serving = self._peers.gather(
+            (written, counters.published, counters.serving)
         )[0]
+        if not written:
+            return Verdict(promoted=False, reason="the registry couldn't be written")
+        counters.rejected_in_a_row = rejected_in_a_row
         if verdict.promoted:
             state.frozen = state.frozen or copy.deepcopy(state.student)
             n_events = sum(len(student) for student, _ in self._gains)
@@ -131,13 +131,16 @@ class Publisher:
         self._teacher = counters.teacher
         return verdict
 
-    def _must_go_back(self) -> bool:
+    def _must_go_back(self, rejected_in_a_row: int) -> bool:
         """After too many rejections; after one, if what serves is later than the proved version: it
         was promoted on less than what speaks against the candidate now."""
         counters = self._state.counters
-        if counters.rejected_in_a_row and counters.serving != counters.proved:
+        if rejected_in_a_row and counters.serving != counters.proved:
             return True
-        return counters.rejected_in_a_row >= self._config.failures_until_reset
+        return rejected_in_a_row >= self._config.failures_until_reset
+
+    def _halved(self) -> float:
+        return max(self._state.counters.learning_rate / 2, MIN_LEARNING_RATE)
 
     def _prove(self) -> None:
         """The student as just promoted is the yardstick from now on."""
@@ -231,7 +234,13 @@ class Publisher:
         else:
             logger.warning("student %d is kept: %s", counters.published, verdict.reason)
         self._telemetry.judged(verdict, version=counters.published, metrics=metrics)
-        self._registry.prune("student", self._keep)
+        self._prune()
+
+    def _prune(self) -> None:
+        try:
+            self._registry.prune("student", self._keep)
+        except (OSError, RegistryError) as error:  # what was promoted is, all the same
+            logger.error("old versions stay for now: %s", error)
 
     def _back_to_proved(self) -> None:
         """Learn on from the proved version; moments of the failed way are forgotten."""
@@ -239,7 +248,7 @@ class Publisher:
         assert state.proved is not None
         state.student = copy.deepcopy(state.proved)
         state.optimizer = adam(state.student, self._config)
-        self._learn_at(state.counters.learning_rate)
+        self._learn_at(self._halved())
         state.counters.rejected_in_a_row = 0
         self._gains.clear()
 

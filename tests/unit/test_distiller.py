@@ -233,6 +233,36 @@ def test_a_registry_that_cannot_be_written_stops_nothing_and_is_told_all_later(
     assert (arrived["oldest"], arrived["newest"]) == (1_000, 2_000)
 
 
+def test_what_the_registry_does_not_take_changes_nothing(tmp_path: Path) -> None:
+    state = new_state()
+    state.catalog.add(map(str, range(60)))
+    state.student.grow(state.catalog.content, optimizer=state.optimizer)
+    registry = tmp_path / "registry"
+    publisher = Publisher(
+        str(registry), state, config=CONFIG, keep=3, peers=ALONE, telemetry=Telemetry()
+    )
+    probe = MicroBatch.of([], context=8)
+    (registry / "student").mkdir(parents=True)
+    (registry / "student" / "trial.json").touch()  # unreadable: nothing can be pruned
+    assert publisher.publish(probe).promoted
+    assert state.counters.proved == state.counters.serving == 1
+
+    with torch.no_grad():
+        state.student.bias_V[1] = torch.nan
+    registry.rename(tmp_path / "away")
+    registry.touch()  # no folder: whatever is written there fails
+    for _ in range(3):
+        assert not publisher.publish(probe).promoted
+    assert state.counters.learning_rate == CONFIG.learning_rate
+    assert state.counters.rejected_in_a_row == 0
+    registry.unlink()
+    (tmp_path / "away").rename(registry)
+    for _ in range(CONFIG.failures_until_reset):
+        publisher.publish(probe)
+    assert state.counters.learning_rate == CONFIG.learning_rate / 2
+    assert all(torch.isfinite(weight).all() for weight in weights(state).values())
+
+
 def test_the_replay_window_is_learned_like_news() -> None:
     histories = Histories(keep=100)
     absorb(group(Log(100).received(0, 100).arrivals(Catalog()), histories), histories)
