@@ -144,7 +144,11 @@ class Teachers:
     def items(self) -> Items | None:
         """The current teacher's view of the items; None where there is no teacher."""
         pool = self._able(self.version)
-        return None if pool is None else pool.items()
+        try:
+            return None if pool is None else pool.items()
+        except ray.exceptions.RayError as error:
+            logger.warning("teacher %s doesn't tell of its items: %s", self.version, error)
+            return None
 
     def ask_labels(self, batch: MicroBatch) -> Asked:
         """Ask for labels alone, of what need not be scored."""
@@ -171,7 +175,7 @@ class Teachers:
         return Asked(answer, stale_answer, version=self.version)
 
     def answer(self, asked: Asked) -> tuple[Labels | None, Ranks | None]:
-        """Labels, and the first teacher's ranks; None where nobody was asked, or has died."""
+        """Labels, and the first teacher's ranks; None where nobody was asked, or it failed."""
         labels = self._get(asked.teacher, asked.version)
         if asked.same:
             return labels, None if labels is None else labels.ranks
@@ -226,7 +230,9 @@ class Teachers:
             logger.warning("teacher %s stopped labelling, starting it again: %s", version, error)
             if self._running.pop(version or 0, None) is not None:
                 self._load(version or 0)
-            return None
+        except ray.exceptions.RayError as error:  # out of GPU memory, say: the next may fit
+            logger.warning("teacher %s gave no labels: %s", version, error)
+        return None
 
 
 def _offsets(registry: Registry, version: int) -> dict[int, int]:
