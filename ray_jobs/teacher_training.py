@@ -9,10 +9,10 @@ costs what came after the last checkpoint.
 
 import copy
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ from ray_jobs.teacher_steps import NextItemLoss, learn, optimizers_of, schedule
 from ray_jobs.trainer import Trainer
 from services.core.models.sequences import Sequences
 from services.core.models.teacher import Teacher
+from services.core.spans import filesystem
 
 REVEAL = 0.85  # of the run; what follows learns the newest events
+RUNS = "teacher-"  # names of their folders begin with it
 TRAINING = "training.pt"
 PROGRESS_EVERY_S = 5.0
 
@@ -68,7 +70,7 @@ def train(
         # The one thing that needs all users in one place, for catalogs of a size that allows it.
         start_items(model, [_here(shard).sequences for shard in history.shards])
     print(f"{model.n_parameters:,} parameters, {history.n_events:,} interactions", flush=True)
-    name = f"teacher-{time.time_ns()}"
+    name = f"{RUNS}{time.time_ns()}"
     try:
         trainer = _trainer(recipe, history, model, parent is not None, seed, name, checkpoints)
         result = trainer.fit()
@@ -285,10 +287,16 @@ def _here(shard: "Shard | ray.ObjectRef[Shard]") -> Shard:
     return shard if isinstance(shard, Shard) else ray.get(shard)
 
 
+def remove_leftovers(checkpoints: str) -> None:
+    """Delete what runs left whose driver was killed: a registry's teachers come one at a time."""
+    fs, root = filesystem(checkpoints)
+    for info in fs.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True)):
+        if info.base_name.startswith(RUNS):
+            _remove(f"{checkpoints}/{info.base_name}")
+
+
 def _remove(uri: str) -> None:
-    """Delete a finished run's checkpoints: what counts of them is in the registry now."""
-    if "://" in uri:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
-        filesystem.delete_dir(path)
-    else:
-        shutil.rmtree(uri, ignore_errors=True)
+    """Delete a run's checkpoints: what counts of a finished one is in the registry now."""
+    fs, path = filesystem(uri)
+    with suppress(OSError):
+        fs.delete_dir(path)

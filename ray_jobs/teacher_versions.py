@@ -13,7 +13,7 @@ from ray_jobs.shards import History
 from ray_jobs.teacher_quality import Quality, verdict
 from ray_jobs.teacher_training import Trained
 from services.core.catalog import Catalog
-from services.core.errors import CorruptVersionError, NothingServingError
+from services.core.errors import CorruptVersionError, NothingServingError, RegistryError
 from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 
@@ -59,8 +59,12 @@ def publish(
     *,
     recipe: Recipe,
     parent: Parent | None,
+    keep: int,
 ) -> int:
-    """Store a trained teacher and let it teach if the verdict is good; its version."""
+    """Store a trained teacher and let it teach if the verdict is good; its version.
+
+    `keep`: newest versions that stay; older ones go, unless they are in use.
+    """
     model, metrics = trained.model, trained.metrics
     quality, before = (
         Quality(**metrics[name]) if metrics[name] else None for name in ("quality", "parent")
@@ -99,4 +103,8 @@ def publish(
     if promoted:
         registry.promote("teacher", version, reason)
     print(f"teacher {version} {'promoted' if promoted else 'NOT promoted'}: {reason}", flush=True)
+    try:
+        registry.prune("teacher", keep)
+    except (OSError, RegistryError) as error:  # nothing to train anew for
+        print(f"old teachers stay for now: {error}", flush=True)
     return version

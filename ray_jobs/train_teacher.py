@@ -40,11 +40,12 @@ def refresh(settings: Settings, recipe: Recipe) -> int:
     Imports torch and what needs it only here, once the process has stepped back.
     """
     from ray_jobs.teacher_log import OnRay, read_history
-    from ray_jobs.teacher_training import train
+    from ray_jobs.teacher_training import remove_leftovers, train
     from ray_jobs.teacher_versions import publish, teaching_now
 
     own_ray.join(niceness=recipe.train.niceness)
     registry = Registry(settings.registry)
+    remove_leftovers(settings.checkpoints)
     parent = teaching_now(registry, recipe)
     print(f"reading {settings.offline}", flush=True)
     history = read_history(
@@ -63,7 +64,9 @@ def refresh(settings: Settings, recipe: Recipe) -> int:
         seed=settings.seed,
         checkpoints=settings.checkpoints,
     )
-    return publish(registry, trained, history, recipe=recipe, parent=parent)
+    return publish(
+        registry, trained, history, recipe=recipe, parent=parent, keep=settings.keep_versions
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
 from ray_jobs import own_ray, recipes, train_teacher
 from ray_jobs.recipes import Recipe
+from ray_jobs.teachers import Asked, Teachers
 from services.core.eventlog import SCHEMAS, EventLog
 from services.core.events import EVENTS
 from services.core.models.teacher import Teacher
@@ -107,6 +109,9 @@ def test_a_killed_worker_a_refresh_and_what_is_published(
     settings: Settings, recipe: Recipe, tmp_path: Path
 ) -> None:
     killed: list[int] = []
+    # Of a run whose driver was killed, and of a publication that was.
+    (Path(settings.checkpoints) / "teacher-1").mkdir(parents=True)
+    (Path(settings.registry) / "teacher" / "000000").mkdir(parents=True)
     killer = threading.Thread(
         target=kill_a_worker_after_a_checkpoint, args=(Path(settings.checkpoints), killed)
     )
@@ -122,6 +127,8 @@ def test_a_killed_worker_a_refresh_and_what_is_published(
     assert first["gate"]["promoted"], first["gate"]["reason"]
     assert first["metrics"]["slice.teacher.ndcg@10"] > 0.5
     assert not list(Path(settings.checkpoints).glob("teacher-*"))
+    assert registry.versions("teacher") == [1]
+    assert not (Path(settings.registry) / "teacher" / "000000").exists()
     model = Teacher.load(registry.fetch("teacher", 1, tmp_path / "fetched"))
     assert model.n_rows == 1 + N_ITEMS
 
@@ -131,6 +138,16 @@ def test_a_killed_worker_a_refresh_and_what_is_published(
     assert second["parent"] == 1
     assert second["offsets"] == {"0": N_EVENTS + 1_000}
     assert "slice.parent.ndcg@10" in second["metrics"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_labels_that_fail_are_no_labels(recipe: Recipe, tmp_path: Path) -> None:
+    @ray.remote
+    def label() -> None:
+        raise torch.OutOfMemoryError
+
+    teachers = Teachers(str(tmp_path), config=recipe.distill, width=recipe.student.teacher_dim)
+    assert teachers.answer(Asked(teacher=[label.remote()], version=1)) == (None, None)
 
 
 @pytest.mark.usefixtures("local_ray")
