@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from services.core.errors import RefluxError
+from services.local import processes
 from services.local.bench import app as bench_app
 from services.local.model_commands import app as models_app
 
@@ -44,7 +45,11 @@ AddressOption = Annotated[
 
 
 def main() -> None:
-    """Run the command; an error of ours is one clear line and exit code 1."""
+    """Run the command; an error of ours is one clear line and exit code 1.
+
+    SIGTERM and a closed terminal end it as Ctrl-C does: it stops what it started.
+    """
+    processes.on_ending(signal.default_int_handler)
     try:
         app()
     except RefluxError as error:
@@ -154,7 +159,6 @@ def demo(
     """The whole loop on a real log: history, teacher, student, then the rest as live traffic."""
     from services.local.demo import Demo
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what was started, as Ctrl-C
     limit_s = parse_duration_s(duration) if duration else None
     Demo(_settings(), dataset=dataset, rate=rate, max_events=events or None, limit_s=limit_s).run()
 

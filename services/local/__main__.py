@@ -1,14 +1,16 @@
 """The supervisor behind `reflux up`: `python -m services.local`. SIGTERM stops the stack."""
 
 import logging
-import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from services.core import logs
 from services.core.errors import RefluxError
 from services.core.settings import Settings
+from services.local import processes
 from services.local.jobs import Jobs
 from services.local.learning import LearningJobs
 from services.local.stack import Stack
@@ -27,25 +29,36 @@ def main() -> int:
             stopping.set()
             raise KeyboardInterrupt  # ends a start that is still waiting, too
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    processes.on_ending(stop)
     stack = Stack(settings, report=log.info)
     try:
-        stack.start()
+        with started(stack) as jobs:
+            learning = LearningJobs(stack.settings, jobs, report=log.info)
+            try:
+                while not stopping.wait(LOOK_EVERY_S):
+                    look(stack, learning)
+            except KeyboardInterrupt:
+                log.info("stopping")
     except RefluxError as error:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        return 0
-    jobs = Jobs(stack.settings, embedded=stack.embedded_ray)
-    learning = LearningJobs(stack.settings, jobs, report=log.info)
-    try:
-        while not stopping.wait(LOOK_EVERY_S):
-            look(stack, learning)
-    except KeyboardInterrupt:
-        log.info("stopping")
-    finish(stack, jobs)
+        pass
     return 0
+
+
+@contextmanager
+def started(stack: Stack) -> Iterator[Jobs]:
+    """Start the stack; at the end, whatever it is, let the student checkpoint and stop it all."""
+    stack.start()
+    try:
+        jobs = Jobs(stack.settings, embedded=stack.embedded_ray)
+        try:
+            yield jobs
+        finally:
+            _let_checkpoint(jobs)
+    finally:
+        stack.stop()
 
 
 def look(stack: Stack, learning: LearningJobs) -> None:
@@ -58,14 +71,11 @@ def look(stack: Stack, learning: LearningJobs) -> None:
         log.warning("supervision: %s", error)
 
 
-def finish(stack: Stack, jobs: Jobs) -> None:
-    """Let the distillation job checkpoint, then stop everything."""
+def _let_checkpoint(jobs: Jobs) -> None:
     try:
         jobs.stop("student", timeout_s=20.0)
     except (RefluxError, OSError, RuntimeError) as error:
         log.warning("the distillation job could not be asked to stop: %s", error)
-    finally:
-        stack.stop()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,6 @@ app = typer.Typer(no_args_is_help=True)
 @app.callback()
 def bench() -> None:
     """Runs that show what is promised."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
 
 
 @app.command()

@@ -5,12 +5,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from services.core.errors import UnavailableError
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
-from services.local.stack import Report, refuse_second_stack, tear_down
+from services.local import processes
+from services.local.stack import SUPERVISOR_GRACE_S, Report, refuse_second_stack, tear_down
 
 TIMEOUT_S = 300.0
 
@@ -29,6 +31,34 @@ def start(settings: Settings, *, report: Report) -> dict[str, Any]:
             stderr=out,
             start_new_session=True,
         )
+    try:
+        return _wait_ready(settings, supervisor, log=log, told=told, report=report)
+    except BaseException:  # Ctrl-C, too: before there is a stack.json, nobody else knows of it
+        with processes.undisturbed():
+            processes.stop_tree(supervisor.pid, grace_s=SUPERVISOR_GRACE_S)
+        raise
+
+
+@contextmanager
+def running(settings: Settings, *, report: Report) -> Iterator[Settings]:
+    """A stack, stopped at the end; the settings with the addresses of what runs."""
+    start(settings, report=report)
+    try:
+        yield Settings.load()
+    finally:
+        with processes.undisturbed():
+            tear_down(settings, report=report)
+
+
+def _wait_ready(
+    settings: Settings,
+    supervisor: "subprocess.Popen[bytes]",
+    *,
+    log: Path,
+    told: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Report what the supervisor logs from byte `told` on; its addresses once all is ready."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         with log.open("rb") as lines:
@@ -43,13 +73,3 @@ def start(settings: Settings, *, report: Report) -> dict[str, Any]:
             raise UnavailableError(f"the stack did not start; see {log}")
         time.sleep(0.2)
     raise UnavailableError(f"the stack was not ready after {TIMEOUT_S:g} s; see {log}")
-
-
-@contextmanager
-def running(settings: Settings, *, report: Report) -> Iterator[Settings]:
-    """A stack, stopped at the end; the settings with the addresses of what runs."""
-    try:
-        start(settings, report=report)
-        yield Settings.load()
-    finally:
-        tear_down(settings, report=report)

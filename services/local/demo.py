@@ -35,14 +35,14 @@ from services.core.registry import Kind
 from services.core.settings import Settings
 from services.core.stackfile import demo_of
 from services.local import report
-from services.local.__main__ import finish, look
+from services.local.__main__ import look, started
 from services.local.asker import Asker
 from services.local.client import Client
 from services.local.jobs import Jobs
 from services.local.learning import LearningJobs
 from services.local.prober import Prober
 from services.local.replay import event_lines, paced, produce_history, send_batch, send_items
-from services.local.stack import Stack
+from services.local.stack import Stack, refuse_second_stack
 from services.local.waiting import wait
 
 HISTORY_SHARE = 0.5
@@ -79,23 +79,21 @@ class Demo:
     def run(self) -> None:
         """Run to the end; always stop what was started, then print the summary."""
         began = time.monotonic()
+        refuse_second_stack(self._settings)
         shutil.rmtree(self._settings.home, ignore_errors=True)
         stack = Stack(self._settings, report=self._console.log)
         try:
             log = self._load()
-            stack.start()
-            self._settings = stack.settings
-            self._console.log(f"watch it on {stack.settings.console_url}")
-            jobs = Jobs(stack.settings, embedded=stack.embedded_ray)
-            try:
-                self._learn_history(log, jobs)
-                self._record.first_answer_s = time.monotonic() - began
-                self._show_an_answer(log)
-                self._live(log, stack, jobs)
-            except KeyboardInterrupt:
-                self._console.log("interrupted: stopping")
-            finally:
-                finish(stack, jobs)
+            with started(stack) as jobs:
+                self._settings = stack.settings
+                self._console.log(f"watch it on {stack.settings.console_url}")
+                try:
+                    self._learn_history(log, jobs)
+                    self._record.first_answer_s = time.monotonic() - began
+                    self._show_an_answer(log)
+                    self._live(log, stack, jobs)
+                except KeyboardInterrupt:
+                    self._console.log("interrupted: stopping")
         except KeyboardInterrupt:
             self._console.log("interrupted")
         report.summarize(self._console, self._record, home=self._settings.home)

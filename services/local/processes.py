@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -27,6 +28,7 @@ LOOPBACK = "127.0.0.1"
 # these after 24 s, and what its peers wait for goes on elsewhere. deploy/ has the same.
 LOST_NODE = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
 LOG_BYTES = 32 * 2**20
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a closed terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,24 @@ def stop_tree(pid: int, *, grace_s: float) -> None:
     for process in alive:
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=5.0)
+
+
+def on_ending(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call `handler` for each signal that ends a command; what `nohup` lets us ignore stays so."""
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore those signals meanwhile: whoever is told twice to end still stops everything."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ ADDRESSES = (
     *("gateway_url", "recommend_url", "console_url"),
 )
 
+SUPERVISOR_GRACE_S = 60.0  # the last checkpoint of its distillation job included
 SESSION_S = 4.0  # the embedded broker allows less than Kafka: a killed worker is back sooner
 
 Report = Callable[[str], None]
@@ -79,12 +81,16 @@ class Stack:
         return self._children[name].process.pid
 
     def stop(self) -> None:
-        """End everything this stack started, the last started first."""
-        for name, child in reversed(self._children.items()):
-            self.report(f"stopping {name}")
-            child.process.stop()
-        self._children.clear()
-        stack_path(self.settings).unlink(missing_ok=True)
+        """End everything this stack started, the last started first.
+
+        What fails meanwhile, as a report to a terminal that is gone, is raised once all has ended.
+        """
+        with processes.undisturbed(), ExitStack() as ending:
+            ending.callback(stack_path(self.settings).unlink, missing_ok=True)
+            ending.callback(self._children.clear)
+            for name, child in self._children.items():
+                ending.callback(child.process.stop)
+                ending.callback(self.report, f"stopping {name}")
 
     def supervise(self) -> None:
         """One look: restart what died, with back-off (1, 2, 4 ... 30 s); no log grows for ever."""
@@ -253,7 +259,7 @@ def tear_down(settings: Settings, *, report: Report) -> bool:
         return False
     if is_alive(stack["supervisor"]):
         report("stopping the supervisor and what it started")
-        processes.stop_tree(int(stack["supervisor"]["pid"]), grace_s=60.0)
+        processes.stop_tree(int(stack["supervisor"]["pid"]), grace_s=SUPERVISOR_GRACE_S)
     for name, identity in reversed(stack["processes"].items()):
         if is_alive(identity):
             report(f"stopping {name}")

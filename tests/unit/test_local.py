@@ -1,6 +1,7 @@
 """The pure parts of the one-machine stack: when to refresh, how to pace, what to show."""
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from services.cli import parse_duration_s
 from services.console.scrape import quantile
 from services.core.errors import RefluxError, UnauthorizedError, UnavailableError
 from services.core.settings import Settings
+from services.core.stackfile import read_stack
 from services.local import learning
+from services.local.demo import Demo
 from services.local.jobs import Job, JobKind, Jobs
 from services.local.learning import TeacherState, refresh_due
 from services.local.processes import Command, Process, one_at_a_time, rotate_logs
 from services.local.replay import BATCH_EVENTS, paced
 from services.local.report import smooth
+from services.local.stack import Stack
 from services.local.status import demo_beside
 from services.recommend.deploy import deploy
 
@@ -265,6 +269,49 @@ def test_a_stack_waits_until_another_that_starts_has_its_ports(
     assert said == ["waiting for another stack that is starting here"]
 
 
+def test_a_stack_stops_whole_without_a_terminal_and_when_told_twice(tmp_path: Path) -> None:
+    def gone(_: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("the terminal is gone")
+
+    stack = Stack(Settings(home=tmp_path))
+    for name in ("first", "second"):
+        stack._spawn(_command(name, "import time; time.sleep(60)"))
+    stack._write_stack_file()
+    family = [psutil.Process(stack.pid(name)) for name in ("first", "second")]
+    stack.report = gone
+    with pytest.raises(OSError, match="terminal"):
+        stack.stop()
+    assert not any(one.is_running() for one in family)
+    assert read_stack(stack.settings) is None
+
+
+def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "services.cli", "up"],
+        env={**os.environ, "REFLUX_HOME": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    while not (started := psutil.Process(command.pid).children()):
+        assert command.poll() is None
+        time.sleep(0.01)
+    command.send_signal(signal.SIGHUP)
+    assert command.wait(timeout=60) != 0
+    assert not any(one.is_running() for one in started)
+
+
+def test_a_second_demo_leaves_the_first_ones_home_alone(tmp_path: Path) -> None:
+    first = Stack(Settings(home=tmp_path / "demo"))
+    first._write_stack_file()
+    second = Demo(
+        Settings(home=tmp_path), dataset="ml-100k", rate=1.0, max_events=None, limit_s=None
+    )
+    with pytest.raises(RefluxError, match="a stack runs already"):
+        second.run()
+    assert read_stack(first.settings) is not None
+
+
 def test_help_answers_without_heavy_imports() -> None:
     code = (
         "import sys; from services import cli; from typer.testing import CliRunner\n"
@@ -276,8 +323,12 @@ def test_help_answers_without_heavy_imports() -> None:
 
 
 def _start(code: str, logs: Path) -> Process:
+    return Process(_command("child", code), logs=logs)
+
+
+def _command(name: str, code: str) -> Command:
     argv = [sys.executable, "-c", code]
-    return Process(Command(name="child", argv=argv, ready=lambda: False, env={}), logs=logs)
+    return Command(name=name, argv=argv, ready=lambda: False, env={})
 
 
 def test_status_points_to_a_demo_that_runs_alone(tmp_path: Path) -> None:
