@@ -5,7 +5,6 @@ Sources, first wins: environment (`REFLUX_KAFKA_BOOTSTRAP`, ...), the TOML file 
 `<home>/stack.json`, the defaults below.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,8 +20,8 @@ from pydantic_settings import (
 
 from services.core.access import Keys
 from services.core.errors import SettingsError
+from services.core.stackfile import running_stack
 
-STACK_FILE = "stack.json"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -236,11 +235,8 @@ class Settings(BaseSettings):
 def _stack_addresses(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:
     """What a running stack in `home` wrote about itself; nothing where none runs."""
     home = next((s()["home"] for s in sources if s().get("home")), ".reflux")
-    path = Path(home) / STACK_FILE
-    try:
-        return dict(json.loads(path.read_text())["settings"])
-    except FileNotFoundError:
-        return {}
+    stack = running_stack(Path(home))
+    return dict(stack["settings"]) if stack else {}
 
 
 def _as_env(value: Any) -> str:

@@ -66,6 +66,7 @@ class Demo:
         probe_every_s: float = 0.0,
     ) -> None:
         """`probe_every_s`: also see how soon an event shows in an answer, as often; 0: no."""
+        self._given = settings
         self._data_home = settings.home
         self._probe_every_s = probe_every_s
         self._settings = demo_of(settings)
@@ -79,6 +80,7 @@ class Demo:
     def run(self) -> None:
         """Run to the end; always stop what was started, then print the summary."""
         began = time.monotonic()
+        refuse_second_stack(self._given)  # whose addresses the demo would take for configured
         refuse_second_stack(self._settings)
         shutil.rmtree(self._settings.home, ignore_errors=True)
         stack = Stack(self._settings, report=self._console.log)

@@ -17,7 +17,7 @@ from typing import Any
 
 from services.core.errors import RefluxError, UnavailableError
 from services.core.settings import Settings
-from services.core.stackfile import identify, is_alive, read_stack, stack_path
+from services.core.stackfile import identify, is_alive, read_stack, running_stack, stack_path
 from services.local import processes
 from services.local.processes import Command, Process
 
@@ -241,15 +241,12 @@ def deploy_answers(settings: Settings) -> str:
 
 
 def refuse_second_stack(settings: Settings) -> None:
-    stack = read_stack(settings)
-    if stack is None:
-        return
-    if any(is_alive(one) for one in [stack["supervisor"], *stack["processes"].values()]):
+    if running_stack(settings.home):
         raise RefluxError(
             f"a stack runs already in home={str(settings.home)!r}; `reflux down` stops it, "
             "REFLUX_HOME names another one"
         )
-    stack_path(settings).unlink()
+    stack_path(settings).unlink(missing_ok=True)
 
 
 def tear_down(settings: Settings, *, report: Report) -> bool:

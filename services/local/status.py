@@ -6,7 +6,7 @@ import httpx
 
 from services.console.observe import Observer
 from services.core.settings import Settings
-from services.core.stackfile import demo_of, read_stack
+from services.core.stackfile import demo_of, running_stack
 
 TIMEOUT_S = 5.0
 NOT_SHOWN = (
@@ -42,7 +42,7 @@ def status(settings: Settings) -> dict[str, Any]:
 def demo_beside(settings: Settings) -> str | None:
     """How to see the demo that runs, where nothing else does: it has a home of its own."""
     demo = demo_of(settings)
-    if read_stack(settings) is not None or read_stack(demo) is None:
+    if running_stack(settings.home) or not running_stack(demo.home):
         return None
     return f"a demo runs: `REFLUX_HOME={demo.home} reflux status` shows it"
 

@@ -301,15 +301,14 @@ def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path:
     assert not any(one.is_running() for one in started)
 
 
-def test_a_second_demo_leaves_the_first_ones_home_alone(tmp_path: Path) -> None:
-    first = Stack(Settings(home=tmp_path / "demo"))
-    first._write_stack_file()
-    second = Demo(
-        Settings(home=tmp_path), dataset="ml-100k", rate=1.0, max_events=None, limit_s=None
-    )
+@pytest.mark.parametrize("home", ["demo", ""])
+def test_a_demo_starts_beside_no_other_and_beside_no_stack(tmp_path: Path, home: str) -> None:
+    running = Stack(Settings(home=tmp_path / home))
+    running._write_stack_file()
+    demo = Demo(Settings(home=tmp_path), dataset="ml-100k", rate=1, max_events=None, limit_s=None)
     with pytest.raises(RefluxError, match="a stack runs already"):
-        second.run()
-    assert read_stack(first.settings) is not None
+        demo.run()
+    assert read_stack(running.settings)
 
 
 def test_help_answers_without_heavy_imports() -> None:
@@ -334,10 +333,9 @@ def _command(name: str, code: str) -> Command:
 def test_status_points_to_a_demo_that_runs_alone(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     assert demo_beside(settings) is None
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "stack.json").write_text("{}")
+    Stack(Settings(home=tmp_path / "demo"))._write_stack_file()
     assert f"REFLUX_HOME={tmp_path}/demo" in (demo_beside(settings) or "")
-    (tmp_path / "stack.json").write_text("{}")
+    Stack(settings)._write_stack_file()
     assert demo_beside(settings) is None
 
 

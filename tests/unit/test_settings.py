@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from services.core.errors import SettingsError
 from services.core.settings import Settings
+from services.core.stackfile import identify
 from services.recommend.deploy import config
 
 
@@ -33,13 +37,28 @@ def test_environment_beats_file_beats_running_stack(
     home = tmp_path / ".reflux"
     home.mkdir()
     running = {"redis": "stack:1", "kafka_bootstrap": "stack:2", "gateway_url": "http://stack:3"}
-    (home / "stack.json").write_text(json.dumps({"settings": running}))
+    written = {"settings": running, "supervisor": identify(os.getpid()), "processes": {}}
+    (home / "stack.json").write_text(json.dumps(written))
     (tmp_path / "reflux.toml").write_text('redis = "file:1"\nkafka_bootstrap = "file:2"\n')
     monkeypatch.setenv("REFLUX_REDIS", "environment:1")
     settings = Settings.load()
     assert settings.redis == "environment:1"
     assert settings.kafka_bootstrap == "file:2"
     assert settings.gateway_url == "http://stack:3"
+
+
+@pytest.mark.parametrize("killed", ["whole", "cut short"])
+def test_a_stack_that_was_killed_configures_nothing(tmp_path: Path, killed: str) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    written = {
+        "settings": {"redis": "stack:1"},
+        "supervisor": identify(ended.pid),
+        "processes": {},
+    }
+    ended.wait()
+    text = json.dumps(written)
+    (tmp_path / "stack.json").write_text(text if killed == "whole" else "")
+    assert Settings.load(home=tmp_path).redis == ""
 
 
 def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
