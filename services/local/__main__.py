@@ -63,12 +63,12 @@ def started(stack: Stack) -> Iterator[Jobs]:
 
 def look(stack: Stack, learning: LearningJobs) -> None:
     """One round of supervision; trouble in it is reported and met again next round."""
-    try:
-        stack.supervise()
-        if stack.settings.learn:
-            learning.tick()
-    except (RefluxError, OSError, RuntimeError) as error:
-        log.warning("supervision: %s", error)
+    looks = [stack.supervise, learning.tick] if stack.settings.learn else [stack.supervise]
+    for look_after in looks:
+        try:
+            look_after()
+        except (RefluxError, OSError, RuntimeError) as error:
+            log.warning("supervision: %s", error)
 
 
 def _let_checkpoint(jobs: Jobs) -> None:

@@ -32,8 +32,9 @@ def chaos(
 ) -> None:
     """Break one thing after another under load; exit 1 if a promise was broken.
 
-    Kills and freezes every process, fills disks, slows Redis, turns clocks. Starts a stack in a
-    home of its own, stops it again, and leaves its logs there.
+    Kills and freezes gateway, worker, Redis, broker, learners and Serve's processes (not Ray's
+    head), fills disks, slows Redis, turns clocks. Starts a stack in a home of its own, stops it
+    again, and leaves its logs there.
     """
     from services.core.errors import RefluxError
     from services.local.chaos import Chaos, show

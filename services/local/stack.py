@@ -58,6 +58,7 @@ class Stack:
     _embedded_ray: bool = False
     _worker_metrics_ports: list[int] = field(default_factory=list)
     _ready: bool = False
+    _answers_due: bool = False  # Ray is new, and has no Serve application yet
 
     @property
     def embedded_ray(self) -> bool:
@@ -105,8 +106,11 @@ class Stack:
             child.process = Process(child.process.command, logs=self.settings.logs)
             self._write_stack_file()
             if name == "ray":  # its Serve application and jobs died with it
-                child.process.wait_ready()
-                self.report(deploy_answers(self.settings))
+                self._answers_due = True
+        if self._answers_due and self._children["ray"].process.running:
+            self._wait("ray")
+            self.report(deploy_answers(self.settings))
+            self._answers_due = False  # only now: what raised above is tried again next time
 
     def _start_backends(self, *, ray: bool) -> None:
         from services.recommend.deploy import proxy_environment

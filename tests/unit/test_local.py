@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from services.core.errors import RefluxError, UnauthorizedError, UnavailableErro
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
 from services.local import learning
+from services.local import stack as stack_module
 from services.local.demo import Demo
 from services.local.jobs import Job, JobKind, Jobs
 from services.local.learning import TeacherState, refresh_due
@@ -284,6 +286,31 @@ def test_a_stack_stops_whole_without_a_terminal_and_when_told_twice(tmp_path: Pa
         stack.stop()
     assert not any(one.is_running() for one in family)
     assert read_stack(stack.settings) is None
+
+
+def test_answers_that_could_not_be_deployed_on_a_new_ray_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[Any] = [UnavailableError("not yet"), "deployed"]
+
+    def deploy_answers(_: Settings) -> str:
+        if isinstance(outcome := outcomes.pop(0), Exception):
+            raise outcome
+        return str(outcome)
+
+    monkeypatch.setattr(stack_module, "deploy_answers", deploy_answers)
+    stack = Stack(Settings(home=tmp_path))
+    stack._spawn(replace(_command("ray", "import time; time.sleep(60)"), ready=lambda: True))
+    try:
+        psutil.Process(stack.pid("ray")).kill()
+        psutil.wait_procs([psutil.Process(stack.pid("ray"))])
+        with pytest.raises(UnavailableError):
+            stack.supervise()
+        for _ in range(2):
+            stack.supervise()
+        assert outcomes == []
+    finally:
+        stack.stop()
 
 
 def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path: Path) -> None:
