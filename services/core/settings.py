@@ -181,12 +181,12 @@ class Settings(BaseSettings):
             raise SettingsError(
                 f"REFLUX_CONFIG={config}: no such file; unset it or create the file"
             )
-        return (
+        given = (
             init_settings,
             env_settings,
             TomlConfigSettingsSource(settings_cls, toml_file=config),
-            InitSettingsSource(settings_cls, _stack_addresses(init_settings, env_settings)),
         )
+        return (*given, InitSettingsSource(settings_cls, _stack_addresses(*given)))
 
     @property
     def offline(self) -> str:

@@ -34,12 +34,14 @@ def test_a_bad_value_names_itself_and_what_is_allowed(monkeypatch: pytest.Monkey
 def test_environment_beats_file_beats_running_stack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path / ".reflux"
+    home = tmp_path / "elsewhere"
     home.mkdir()
     running = {"redis": "stack:1", "kafka_bootstrap": "stack:2", "gateway_url": "http://stack:3"}
     written = {"settings": running, "supervisor": identify(os.getpid()), "processes": {}}
     (home / "stack.json").write_text(json.dumps(written))
-    (tmp_path / "reflux.toml").write_text('redis = "file:1"\nkafka_bootstrap = "file:2"\n')
+    (tmp_path / "reflux.toml").write_text(
+        'home = "elsewhere"\nredis = "file:1"\nkafka_bootstrap = "file:2"\n'
+    )
     monkeypatch.setenv("REFLUX_REDIS", "environment:1")
     settings = Settings.load()
     assert settings.redis == "environment:1"
