@@ -138,13 +138,13 @@ class Observer:
         manifest = None if newest is None else self._manifest("student", newest)
         if manifest is None:
             return found
-        learned = {int(partition): end for partition, end in manifest["offsets"].items()}
-        found["metrics"] = manifest["metrics"]
-        found["last_gate"] = manifest["gate"]["reason"]
+        learned = {int(partition): end for partition, end in manifest.get("offsets", {}).items()}
+        found["metrics"] = metrics = manifest.get("metrics", {})
+        found["last_gate"] = (manifest.get("gate") or {}).get("reason")
         found["learning_rate"] = manifest.get("learning_rate")
         found["items"] = manifest.get("items")
         found["learning_lag_events"] = self._lag(samples, learned)
-        found |= ratios(manifest["metrics"])
+        found |= ratios(metrics)
         if serving["teacher"] is not None:
             teacher = self._manifest("teacher", serving["teacher"].version)
             found["teacher_age_events"] = teacher and age_events(learned, teacher)

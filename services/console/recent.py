@@ -4,11 +4,12 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from services.console.scrape import Samples, buckets, increase, quantile
+from services.console.scrape import Endpoint, Samples, buckets, increase, quantile
 
 NOW_S: Final = 10.0  # rates, latencies, feature freshness
 SWAPS_S: Final = 60.0  # weight freshness is observed once every few seconds
 PLACES_S: Final = 300.0  # what answers are made of
+AWAY_S: Final = 3600.0  # whoever was out of reach for longer counts as new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Looks:
     """The samples of the last minutes: all of the last seconds, then one every ten."""
 
     def __init__(self) -> None:
+        self._last: dict[str, tuple[float, Endpoint]] = {}  # when each was reached, what it said
         self._near: deque[tuple[float, Samples]] = deque()
         self._far: deque[tuple[float, Samples]] = deque()
 
@@ -45,10 +47,18 @@ class Looks:
         while self._far and self._far[0][0] < at_s - PLACES_S:
             self._far.popleft()
         recent = self._recent(at_s, samples)
-        self._near.append((at_s, samples))
+        known = self._known(at_s, samples)
+        self._near.append((at_s, known))
         if not self._far or at_s - self._far[-1][0] >= NOW_S - 1:
-            self._far.append((at_s, samples))
+            self._far.append((at_s, known))
         return recent
+
+    def _known(self, at_s: float, samples: Samples) -> Samples:
+        """These, and the last ones of whoever didn't answer: it goes on counting from there, and
+        only a process that is new counts from 0."""
+        self._last |= {url: (at_s, found) for url, found in samples.items()}
+        self._last = {url: one for url, one in self._last.items() if at_s - one[0] <= AWAY_S}
+        return {url: found for url, (_, found) in self._last.items()}
 
     def _recent(self, at_s: float, samples: Samples) -> Recent:
         if not self._near:

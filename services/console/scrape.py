@@ -27,7 +27,8 @@ READ: Final = (  # how the lines begin that are read
 
 # What all endpoints expose, by endpoint and the sample's name: a process that starts anew starts
 # its counters at 0, which only shows while they are kept apart.
-Samples = dict[str, dict[str, list[Sample]]]
+Endpoint = dict[str, list[Sample]]
+Samples = dict[str, Endpoint]
 
 
 class Scraper:

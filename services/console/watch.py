@@ -3,6 +3,7 @@ otherwise, turned into bytes once, and remembered in the store."""
 
 import asyncio
 import logging
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -16,8 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from services.console.observe import Observer, Snapshot
 from services.console.recent import Looks, Recent
 from services.console.store import SAMPLE_S, Store
-from services.console.versions import KINDS, Versions
-from services.core.errors import RefluxError
+from services.console.versions import KINDS, Row, Versions
 from services.core.registry import Registry
 from services.core.settings import Settings
 
@@ -91,7 +91,7 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._looked_s = -WATCHED_S
         self._sampled_ms = 0
-        self._complaint = ""
+        self._complaint = self._unsaved = ""
         self.pages = 0
         self._frame = b""
         self.now: dict[str, Any] = {}
@@ -144,12 +144,13 @@ class Watcher:
             try:
                 self.look(WATCHED_S / 2)
                 self._complaint = ""
-            except (RefluxError, OSError, ValueError) as error:
+            except Exception as error:  # whatever a broken manifest or file system comes up with
+                complaint = f"{type(error).__name__}: {error}"
                 self._metrics.failed.inc()
-                self._publish(frame_of("failed", {"why": str(error)}))
-                if str(error) != self._complaint:  # once, not at every look
-                    self._complaint = str(error)
-                    log.warning("no look: %s", error)
+                self._publish(frame_of("failed", {"why": complaint}))
+                if complaint != self._complaint:  # once, not at every look
+                    self._complaint = complaint
+                    log.warning("no look: %s", complaint)
             self._wake.wait(WATCHED_S if self.pages else SAMPLE_S)
             self._wake.clear()
 
@@ -166,11 +167,21 @@ class Watcher:
         if fresh or changed:
             serving = self._versions.serving
             self._publish(frame_of("versions", {"rows": fresh, "serving": serving}))
-        if fresh:
-            self._store.add_versions(fresh)
-        if snapshot.at_ms - self._sampled_ms >= 1000 * SAMPLE_S - 500:
-            self._sampled_ms = snapshot.at_ms
-            self._store.add(snapshot.at_ms, values)
+        self._save(snapshot.at_ms, values, fresh)
+
+    def _save(self, at_ms: int, values: dict[str, float | None], fresh: list[Row]) -> None:
+        """A disk that is full costs the page its past, not the present."""
+        try:
+            if fresh:
+                self._store.add_versions(fresh)
+            if at_ms - self._sampled_ms >= 1000 * SAMPLE_S - 500:
+                self._sampled_ms = at_ms
+                self._store.add(at_ms, values)
+                self._unsaved = ""
+        except sqlite3.Error as error:
+            if str(error) != self._unsaved:
+                self._unsaved = str(error)
+                log.warning("the page's past has a gap: %s", error)
 
     def _publish(self, frame: bytes) -> None:
         if self._loop is not None and not self._loop.is_closed():
