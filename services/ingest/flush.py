@@ -19,7 +19,9 @@ from services.ingest.online import Online
 from services.ingest.reading import Reading
 
 RETRY_S: Final = (0.5, 15.0)  # the first and the longest pause after a failure
-HELD_FLUSHES: Final = 5  # files' worth of events that may wait for the log
+HELD_FLUSHES: Final = 5  # files' worth of records that may wait for the log
+FLUSH_BYTES: Final = 32 * 2**20  # of records, before they are read: enough for a file, however few
+LETTERS: Final = 500  # dead letters published at a time
 # Offsets in one file of histories, a whole one for each: to merge 48,000 of them took 440 MB at the
 # most, by 4,000 it takes 184.
 HISTORIES_MERGED: Final = 4_000
@@ -51,14 +53,14 @@ class Flush:
 
     def is_due(self, readings: Readings) -> bool:
         now_s = time.monotonic()
-        many = _pending_rows(readings) >= self._settings.log_flush_events
+        many = self._files_worth(readings) >= 1
         long = now_s - self._flushed_s >= self._settings.log_flush_s
         pending = any(reading.next > reading.first for reading in readings.values())
         return pending and (many or long) and now_s >= self._again_s
 
     def holds_enough(self, readings: Readings) -> bool:
         """Whether so much waits for the log that no more should be read."""
-        return _pending_rows(readings) >= HELD_FLUSHES * self._settings.log_flush_events
+        return self._files_worth(readings) >= HELD_FLUSHES
 
     def attempt(self, readings: Readings) -> bool:
         """Flush; True where the log has grown. Whatever a failure (a full disk, a Kafka that
@@ -76,8 +78,8 @@ class Flush:
             self._again_s = time.monotonic() + self._wait_s
             self._metrics.flush_failures.inc()
             logger.error(
-                "%d events wait for the offline log, the next try is in %g s: %s",
-                *(_pending_rows(readings), self._wait_s, error),
+                "%d records wait for the offline log, the next try is in %g s: %s",
+                *(_waiting(readings), self._wait_s, error),
             )
         self._flushed_s = time.monotonic()
         self._metrics.flush.observe(self._flushed_s - started_s)
@@ -86,10 +88,16 @@ class Flush:
     def close(self) -> None:
         self._publisher.close()
 
+    def _files_worth(self, readings: Readings) -> float:
+        n_bytes = sum(reading.n_bytes for reading in readings.values())
+        return max(_waiting(readings) / self._settings.log_flush_events, n_bytes / FLUSH_BYTES)
+
     def _write(self, topic: str, reading: Reading) -> None:
-        self._publisher.publish(dead_topic(topic), reading.dead)
-        self._metrics.dead.inc(len(reading.dead))
-        reading.dead = []
+        while reading.dead:  # those that Kafka has taken wait no longer
+            letters = reading.dead[:LETTERS]
+            self._publisher.publish(dead_topic(topic), letters)
+            self._metrics.dead.inc(len(letters))
+            del reading.dead[:LETTERS]
         for wish in reading.forgotten:  # before the span that says it has been seen
             self._logs[EVENTS].forget(wish)
         reading.forgotten = []
@@ -100,8 +108,9 @@ class Flush:
             if users := self._online.touched(reading.partition):
                 self.history.write(user_history_table(users), span)
             self._online.let_go(reading.partition)
-        reading.first, reading.rows = reading.next, []
+        reading.first, reading.rows, reading.n_bytes = reading.next, [], 0
 
 
-def _pending_rows(readings: Readings) -> int:
-    return sum(len(reading.rows) for reading in readings.values())
+def _waiting(readings: Readings) -> int:
+    """Records of every kind: dead letters and wishes to be forgotten take memory, too."""
+    return sum(reading.next - reading.first for reading in readings.values())

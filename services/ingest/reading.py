@@ -31,6 +31,7 @@ class Reading:
     rows: list[Arrived[Any]] = field(default_factory=list)
     dead: DeadLetters = field(default_factory=list)
     forgotten: list[Tombstone] = field(default_factory=list)
+    n_bytes: int = 0  # of the records since `first`, as Kafka has them
 
     @property
     def base(self) -> int:

@@ -8,7 +8,7 @@ applying an event again changes nothing: a crash at any point loses nothing and 
 twice. Workers share the partitions; a user has one partition, and therefore one writer.
 
 A log that can't be written (a full disk) is tried again and again; features stay fresh meanwhile,
-until the worker holds as many events as it may.
+until the worker holds as many records as it may.
 """
 
 import logging
@@ -185,6 +185,7 @@ class Worker(ConsumerRebalanceListener):
             reading.rows += found.valid
             reading.dead += found.dead
             reading.forgotten += found.forgotten
+            reading.n_bytes += sum(len(record.value or b"") for record in records)
             reading.next = reading.base + records[-1].offset + 1
         self.metrics.poison.inc(len(poison))
         if logger.isEnabledFor(logging.DEBUG):

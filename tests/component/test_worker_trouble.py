@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import redis as redis_client
+from kafka import TopicPartition
 
 from services.core.eventlog import EventLog
 from services.core.events import EVENTS, ITEMS, Item, encode
@@ -18,6 +19,10 @@ from services.core.kafka import Publisher, lag
 from services.core.settings import Settings
 from services.ingest import worker as worker_module
 from services.ingest.dead import dead_letters, replay
+from services.ingest.flush import FLUSH_BYTES, HELD_FLUSHES, Flush
+from services.ingest.metrics import Metrics
+from services.ingest.online import Online
+from services.ingest.reading import Reading
 from services.local import processes
 from tests.component.test_gateway import served
 from tests.component.test_worker import (
@@ -131,6 +136,27 @@ def test_a_log_that_cannot_be_written_is_tried_again_and_features_stay_fresh(
     assert [comparable(features.read_users([user])[0])] == from_log(settings, [user])
     history = pq.read_table(offline / "user_history")
     assert max(history["n_events"].to_pylist()) == 20
+
+
+def test_records_that_only_make_dead_letters_are_not_held_without_end(
+    own: Settings,  # noqa: F811
+) -> None:
+    away = own.model_copy(
+        update={
+            "kafka_bootstrap": f"{processes.LOOPBACK}:{processes.free_port()}",
+            "kafka_timeout_s": 0.2,
+            "log_flush_events": 10,
+        }
+    )
+    metrics = Metrics()
+    online = Online(FeatureStore(own), metrics, history_events=own.history_events)
+    flush = Flush(away, {EVENTS: EventLog(own.offline)}, online, metrics)
+    many = Reading(partition=0, first=0, next=50, dead=[(b"key", b"letter")] * 50)
+    assert not flush.attempt({TopicPartition(EVENTS, 0): many})
+    assert flush.holds_enough({TopicPartition(EVENTS, 0): many})
+    large = Reading(partition=0, first=0, next=1, n_bytes=HELD_FLUSHES * FLUSH_BYTES)
+    assert flush.holds_enough({TopicPartition(EVENTS, 0): large})
+    flush.close()
 
 
 def test_looking_for_a_lost_store_loses_no_commit(
