@@ -22,6 +22,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from services.core.errors import DamagedFileError
 from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.forgetting import Forgotten, Tombstone, Tombstones
 from services.core.spans import Span, SpanFiles, settle
@@ -255,16 +256,30 @@ class EventLog:
 
     def purge(self, *others: SpanFiles) -> int:
         """Remove what was to be forgotten from the log's files and from those `others`, then the
-        wish itself; return how many rows are gone. Safe to repeat after a crash."""
+        wish itself; return how many rows are gone. Safe to repeat after a crash.
+
+        Raises `DamagedFileError` where a file can't tell; the wishes then stay, for the next time.
+        """
         assert self._tombstones is not None
         end = self.end()  # rows before a tombstone may still be on their way into the log
         due = [t for t in self._tombstones.pending() if t.offset < end.get(t.partition, 0)]
         rows = Forgotten(due)
         if not rows:
             return 0
-        gone = sum(files.purge(rows.among) for files in (self._files, *others))
+        gone, damaged = 0, []
+        for files in (self._files, *others):
+            try:
+                gone += files.purge(rows.among)
+            except DamagedFileError as error:
+                damaged.append(error)
+        if damaged:
+            raise damaged[0]
         self._tombstones.remove(due)
         return gone
+
+    def wishes(self) -> int:
+        """How many wishes to be forgotten `purge` has not fulfilled yet."""
+        return len(self._tombstones.pending()) if self._tombstones else 0
 
     def compact(self) -> int:
         """Merge neighbouring small files; return how many files are gone. Safe beside readers,

@@ -149,9 +149,11 @@ class SpanFiles:
         """Write every file that has such rows anew, without them; return how many rows are gone.
 
         rows: which they are (a mask), given `KEYS`. Also the files that compaction has merged and
-        not yet removed. A crash leaves some files done: call again.
+        not yet removed. A crash leaves some files done: call again. Raises `DamagedFileError` for
+        the first damaged file, after all others.
         """
         gone = 0
+        damaged: DamagedFileError | None = None
         for span in self.spans():
             try:
                 there = rows(self._read_file(span, KEYS, None))
@@ -161,7 +163,12 @@ class SpanFiles:
                     self.write(table.filter(pc.invert(there)), span)
             except FileNotFoundError:  # compacted meanwhile: the merged file is a span of its own
                 return gone + self.purge(rows)
+            except DamagedFileError as error:
+                damaged = damaged or error
+                continue
             gone += found
+        if damaged is not None:
+            raise damaged
         return gone
 
     def _read(self, piece: "_Piece", columns: Sequence[str]) -> pa.Table:

@@ -26,6 +26,11 @@ class Metrics:
         self.forgotten = Counter(
             "reflux_worker_forgotten_users", "Users forgotten", registry=self.registry
         )
+        self.wishes = Gauge(
+            "reflux_worker_forget_wishes",
+            "Wishes to be forgotten whose rows are still in the offline files",
+            registry=self.registry,
+        )
         self.rebuilt = Counter(
             "reflux_worker_rebuilt_users",
             "Users written online again from the offline log",

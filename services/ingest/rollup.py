@@ -136,12 +136,17 @@ class RollUp:
         if changed:
             self._write(changed)
         self._written, self._end = stats, end
-        gone = self._events.compact() + self._items.compact() + self._rows.compact()
         logger.info(
-            "rolled up %d items (%d changed) of %d events in %.1f s; %d files compacted",
+            "rolled up %d items (%d changed) of %d events in %.1f s",
             *(len(stats), len(changed), pc.sum(self._counts["n"]).as_py() or 0),
-            *(time.monotonic() - started, gone),
+            time.monotonic() - started,
         )
+
+    def compact(self) -> None:
+        """Merge small files of the log and of what it wrote itself."""
+        gone = self._events.compact() + self._items.compact() + self._rows.compact()
+        if gone:
+            logger.info("%d files compacted", gone)
 
     def _count(self, *, until: dict[int, int]) -> None:
         """Count what the log holds before `until`; only what is new is read."""

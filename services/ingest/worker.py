@@ -302,16 +302,26 @@ class Worker(ConsumerRebalanceListener):
 
     def _run_roll_up(self) -> float:
         started_s = time.monotonic()
-        try:
-            self._roll_up.run()
-            self._forget()
-        except (UnavailableError, DamagedFileError, OSError) as error:
-            logger.error("item popularity waits: %s", error)
+        for work, waits in (  # a damaged file keeps nobody from what comes after
+            (self._roll_up.run, "item popularity waits"),
+            (self._forget, "rows of forgotten users stay in the offline files"),
+            (self._compact, "small offline files stay"),
+        ):
+            try:
+                work()
+            except (UnavailableError, DamagedFileError, OSError) as error:
+                logger.error("%s: %s", waits, error)
         return time.monotonic() - started_s
 
-    def _forget(self) -> None:
-        gone = self._logs[EVENTS].purge(self._flush.history)
+    def _compact(self) -> None:
+        self._roll_up.compact()
         self._flush.history.compact()
+
+    def _forget(self) -> None:
+        try:
+            gone = self._logs[EVENTS].purge(self._flush.history)
+        finally:
+            self.metrics.wishes.set(self._logs[EVENTS].wishes())
         if gone:
             self._features.purge()
             logger.info("%d rows of forgotten users are gone from the offline files", gone)

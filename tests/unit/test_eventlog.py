@@ -231,6 +231,22 @@ def test_half_a_million_events_read_in_seconds(tmp_path: Path) -> None:
     assert time.process_time() - started < 5.0  # about a second
 
 
+def test_a_damaged_file_keeps_no_forgotten_user_in_the_others(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path))
+    for first in (0, 10, 20):
+        append(log, 0, first, first + 9)
+    damaged, intact, newest = sorted((tmp_path / "events").iterdir())
+    written = damaged.read_bytes()
+    damaged.write_bytes(written[:-1])
+    log.forget(Tombstone(user_id="user 0", partition=0, offset=20))
+    with pytest.raises(DamagedFileError):
+        log.purge()
+    assert [pq.read_table(path).num_rows for path in (intact, newest)] == [0, 8]
+    assert log.wishes() == 1
+    damaged.write_bytes(written)  # put back from a copy
+    assert (log.purge(), log.wishes()) == (8, 0)
+
+
 def test_any_number_of_users_may_wish_to_be_forgotten_at_once() -> None:
     wishes = [Tombstone(user_id=f"user {n}", partition=0, offset=9) for n in range(30_000)]
     moved = Tombstone(user_id="user 2", partition=1, offset=9)  # their number of partitions grew

@@ -85,6 +85,7 @@ def test_a_pass_that_fails_counts_nothing_twice_and_many_passes_leave_few_files(
                 roll_up.run()
         else:
             roll_up.run()
+            roll_up.compact()
     assert online.n_events == {"a": 40}
     files = list(Path(settings.offline, "item_stats").glob("*.parquet"))
     assert len(files) < 20
