@@ -68,6 +68,26 @@ def test_alerts(exported: dict[str, set[str]]) -> None:
         assert _check(rule["expr"], exported)
 
 
+def test_an_alert_tells_of_each_part_that_is_gone() -> None:
+    groups = yaml.safe_load((DEPLOY / "dashboards/alerts.yaml").read_text())["groups"]
+    trees = [promql_parser.parse(rule["expr"]) for rule in groups[0]["rules"]]
+    watched = {
+        str(selector.name)
+        for tree in trees
+        if isinstance(tree, promql_parser.Call) and tree.func.name == "absent"
+        for selector in _selectors(tree)
+    }
+    for part in (gateway.Metrics(), worker.Metrics(), Telemetry(), Learning()):
+        at_start = {
+            sample.name
+            for metric in vars(part).values()
+            if isinstance(metric, MetricWrapperBase)
+            for family in metric.collect()
+            for sample in family.samples
+        }
+        assert watched & at_start, "no alert, or one on a series that comes with the first event"
+
+
 def _check(query: str, exported: dict[str, set[str]]) -> set[str]:
     """Parse; every metric and label must exist. The metrics in it."""
     tree = promql_parser.parse(query)
