@@ -6,6 +6,7 @@ Sources, first wins: environment (`REFLUX_KAFKA_BOOTSTRAP`, ...), the TOML file 
 """
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -166,6 +167,8 @@ class Settings(BaseSettings):
         except ValidationError as error:
             lines = [_explain(e["loc"], e.get("input"), e["msg"]) for e in error.errors()]
             raise SettingsError("\n".join(lines)) from None
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{_config_file()}: {error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -176,7 +179,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        config = Path(os.environ.get("REFLUX_CONFIG", "reflux.toml"))
+        config = _config_file()
         if "REFLUX_CONFIG" in os.environ and not config.exists():
             raise SettingsError(
                 f"REFLUX_CONFIG={config}: no such file; unset it or create the file"
@@ -230,6 +233,10 @@ class Settings(BaseSettings):
         else:
             values["home"] = self.home.absolute()
         return {f"REFLUX_{name.upper()}": _as_env(value) for name, value in values.items()}
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get("REFLUX_CONFIG", "reflux.toml"))
 
 
 def _stack_addresses(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:

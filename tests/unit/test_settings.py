@@ -69,6 +69,12 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
         Settings.load()
 
 
+def test_a_typo_in_the_file_is_told_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "reflux.toml").write_text('seed = 1\nrecipe = "tiny\n')
+    with pytest.raises(SettingsError, match=r"reflux\.toml: .*line 2"):
+        Settings.load()
+
+
 def test_what_a_child_process_gets_is_what_we_have(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load(partitions=7, impressions=False, home=Path("here"))
     for name, value in settings.environment().items():
