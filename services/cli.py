@@ -222,7 +222,10 @@ def events_send(
     if user and item:
         body = json.dumps(new_event(user_id=user, item_id=item, type_=type_, value=value)).encode()
     elif source is not None:
-        body = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+        try:
+            body = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+        except OSError as error:
+            raise RefluxError(f"{source}: {error.strerror}") from None
     else:
         raise RefluxError("nothing to send: give a file (or `-`), or --user and --item")
     answer = client.send(body)
