@@ -175,7 +175,7 @@ class Stack:
     def _worker(self, name: str) -> Command:
         port = processes.free_port()
         self._worker_metrics_ports.append(port)
-        ready = lambda: processes.listens(port)  # noqa: E731
+        ready = lambda: processes.listens(port, self.settings.host)  # noqa: E731
         env = {"REFLUX_WORKER_METRICS_PORT": str(port)}
         return self._service(name, "services.ingest.worker", ready, env)
 
@@ -191,10 +191,10 @@ class Stack:
         )
 
     def _gateway_ready(self) -> bool:
-        return processes.listens(self.settings.gateway_port)
+        return processes.listens(self.settings.gateway_port, self.settings.host)
 
     def _console_ready(self) -> bool:
-        return processes.listens(self.settings.console_port)
+        return processes.listens(self.settings.console_port, self.settings.host)
 
     def _write_stack_file(self) -> None:
         children = {name: child.process for name, child in self._children.items()}

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -311,6 +312,13 @@ def test_answers_that_could_not_be_deployed_on_a_new_ray_are_tried_again(
         assert outcomes == []
     finally:
         stack.stop()
+
+
+def test_a_worker_is_looked_for_where_it_listens(tmp_path: Path) -> None:
+    stack = Stack(Settings(home=tmp_path, host="127.0.0.2", allow_open=True))
+    worker = stack._worker("worker")
+    with socket.create_server(("127.0.0.2", int(worker.env["REFLUX_WORKER_METRICS_PORT"]))):
+        assert worker.ready()
 
 
 def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path: Path) -> None:
