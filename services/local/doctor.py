@@ -89,15 +89,9 @@ def _ports(settings: Settings) -> Iterator[Finding]:
     if stack and is_alive(stack["supervisor"]):
         yield Finding(name="stack", ok=True, found=f"running in {settings.home}")
         return
-    configured = {
-        "kafka": settings.kafka_port,
-        "redis": settings.redis_port,
-        "ray": settings.ray_dashboard_port,
-        "gateway": settings.gateway_port,
-        "recommend": settings.recommend_port,
-        "console": settings.console_port,
-    }
-    for service, port in configured.items():
+    for service in USUAL_PORTS:
+        setting = "ray_dashboard_port" if service == "ray" else f"{service}_port"
+        port = getattr(settings, setting)
         wanted = port or USUAL_PORTS[service]
         taken = processes.listens(wanted)
         yield Finding(
@@ -106,7 +100,7 @@ def _ports(settings: Settings) -> Iterator[Finding]:
             found=f"{wanted} is {'taken' if taken else 'free'}",
             fix=""
             if not taken
-            else f"free it, or set REFLUX_{service.upper()}_PORT to another"
+            else f"free it, or set REFLUX_{setting.upper()} to another"
             if port
             else "none needed: another free port is taken instead",
         )

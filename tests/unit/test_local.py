@@ -26,6 +26,7 @@ from services.core.stackfile import read_stack
 from services.local import learning
 from services.local import stack as stack_module
 from services.local.demo import Demo
+from services.local.doctor import examine
 from services.local.jobs import Job, JobKind, Jobs
 from services.local.learning import TeacherState, refresh_due
 from services.local.processes import Command, Process, one_at_a_time, rotate_logs
@@ -319,6 +320,14 @@ def test_a_worker_is_looked_for_where_it_listens(tmp_path: Path) -> None:
     worker = stack._worker("worker")
     with socket.create_server(("127.0.0.2", int(worker.env["REFLUX_WORKER_METRICS_PORT"]))):
         assert worker.ready()
+
+
+def test_the_doctor_names_the_setting_of_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(home=tmp_path, ray_dashboard_port=taken.getsockname()[1])
+        [ray] = [one for one in examine(settings) if one.name == "port of ray"]
+    assert not ray.ok
+    assert "REFLUX_RAY_DASHBOARD_PORT" in ray.fix
 
 
 def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path: Path) -> None:
