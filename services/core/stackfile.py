@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from services.core.settings import Settings
 
 STACK_FILE = "stack.json"
+STARTTIME = 19  # field 22 of proc_pid_stat(5), counted from the one after the name
+
+Identity = dict[str, int | str]
 
 
 def stack_path(settings: "Settings") -> Path:
@@ -36,20 +39,30 @@ def running_stack(home: Path) -> dict[str, Any] | None:
     return stack if any(is_alive(one) for one in identities) else None
 
 
-def identify(pid: int) -> dict[str, float]:
+def identify(pid: int) -> Identity:
     """A pid and its start time: together they never name another process."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return {"pid": pid, "started": psutil.Process(pid).create_time()}
-    return {"pid": pid, "started": 0.0}
+        return {"pid": pid, "started": _started(pid)}
+    return {"pid": pid, "started": ""}
 
 
-def is_alive(identity: dict[str, float]) -> bool:
+def is_alive(identity: Identity) -> bool:
+    pid = int(identity["pid"])
     try:
-        process = psutil.Process(int(identity["pid"]))
-        same = abs(process.create_time() - identity["started"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        same = _started(pid) == identity["started"]
+        return same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(pid: int) -> str:
+    """When it started: on Linux in ticks since this boot, which no step of the clock moves."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux, or no such process
+        return str(psutil.Process(pid).create_time())
+    return f"{after_name.split()[STARTTIME]} of {boot}"
 
 
 def _read(home: Path) -> dict[str, Any] | None:

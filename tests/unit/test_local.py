@@ -22,7 +22,7 @@ from services.cli import parse_duration_s
 from services.console.scrape import quantile
 from services.core.errors import RefluxError, UnauthorizedError, UnavailableError
 from services.core.settings import Settings
-from services.core.stackfile import read_stack
+from services.core.stackfile import identify, is_alive, read_stack
 from services.local import learning
 from services.local import stack as stack_module
 from services.local.demo import Demo
@@ -328,6 +328,21 @@ def test_the_doctor_names_the_setting_of_a_port_that_is_taken(tmp_path: Path) ->
         [ray] = [one for one in examine(settings) if one.name == "port of ray"]
     assert not ray.ok
     assert "REFLUX_RAY_DASHBOARD_PORT" in ray.fix
+
+
+def test_a_process_is_known_again_after_a_step_of_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = _start("import time; time.sleep(60)", tmp_path)
+    try:
+        identity = identify(process.pid)
+        created_s = psutil.Process(process.pid).create_time()
+        monkeypatch.setattr(psutil.Process, "create_time", lambda _: created_s + 3600)
+        assert is_alive(identity)
+        assert not is_alive(identity | {"started": identify(os.getpid())["started"]})
+    finally:
+        process.stop()
+    assert not is_alive(identity)
 
 
 def test_a_terminal_closed_while_the_stack_starts_leaves_no_supervisor(tmp_path: Path) -> None:
