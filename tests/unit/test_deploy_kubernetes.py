@@ -287,6 +287,13 @@ def test_network_policies_let_in_who_must(objects: list[Manifest]) -> None:
     assert allowed(objects, gateway, port=8080)
     assert allowed(objects, redis, port=6379)
     assert not allowed(objects, redis, port=22)
+    [jobs] = [r for r in get(objects, "NetworkPolicy", "ray")["spec"]["ingress"] if "ports" in r]
+    everywhere = [p["podSelector"] for p in jobs["from"] if p.get("namespaceSelector") == {}]
+    for labels, let_in in (
+        ({"app.kubernetes.io/component": "kuberay-operator"}, True),
+        ({"app.kubernetes.io/component": "another"}, False),
+    ):
+        assert any(selects(pods, labels) for pods in everywhere) == let_in
 
 
 def get(objects: list[Manifest], kind: str, name: str) -> Manifest:
