@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from ray_jobs import recipes
-from ray_jobs.datasets import InteractionLog, load
+from ray_jobs.datasets import InteractionLog, load, shuffle_ties
 from services.console.observe import Observer, Snapshot
 from services.core.errors import RefluxError, UnavailableError
 from services.core.eventlog import EventLog
@@ -102,8 +102,8 @@ class Demo:
 
     def _load(self) -> InteractionLog:
         with self._console.status(f"loading {self._dataset}"):
-            # Ties in random order: the file's order inside a second gives the next item away.
             log = load(self._dataset, home=self._data_home, data=self._settings.data)
+            log = shuffle_ties(log, self._settings.seed)
         self._console.log(
             f"{self._dataset}: {log.events.num_rows:,} events, {log.items.num_rows:,} items"
         )
