@@ -13,7 +13,8 @@ import argparse
 import os
 import signal
 import sys
-from typing import Any
+import time
+from typing import Any, Final
 
 import ray.train
 from ray.exceptions import RayActorError
@@ -22,9 +23,11 @@ from ray_jobs import own_ray, recipes
 from ray_jobs.imports import importing
 from ray_jobs.recipes import CHECKPOINTS_KEPT, Recipe
 from ray_jobs.stop_file import RUN, StopFile
-from ray_jobs.trainer import Trainer
+from ray_jobs.trainer import Trainer, free_places
 from services.core.errors import RefluxError
 from services.core.settings import Settings
+
+LASTING_S: Final = 60.0  # a run that ends sooner isn't begun again here: it will end again
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,11 +42,16 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopFile(settings)
     stop.clear()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
-    try:
-        _trainer(settings, recipe).fit()
-    except RayActorError as error:  # its controller is gone; Ray's own way out takes a second more
-        print(error, file=sys.stderr, flush=True)
-        os._exit(1)
+    while True:
+        began_s = time.monotonic()
+        try:
+            _trainer(settings, recipe).fit()
+            return
+        except RayActorError as error:  # its controller is gone
+            print(error, file=sys.stderr, flush=True)
+            if time.monotonic() - began_s < LASTING_S:
+                os._exit(1)  # Ray's own way out takes a second more
+            free_places()
 
 
 def _trainer(settings: Settings, recipe: Recipe) -> Trainer:
