@@ -10,6 +10,7 @@ Shapes: N targets, D student width, T teacher width, K candidates, V catalog row
 """
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ray_jobs.ranking import encode
 from ray_jobs.recipes import DistillConfig
 from services.core import losses
 from services.core.models.student import Student
+
+logger = logging.getLogger(__name__)
 
 CONTENT_SHARE = 0.1  # of its usual spread, where items start from a teacher's
 
@@ -129,7 +132,10 @@ def learn(
     trust: float,
     peers: Peers = ALONE,
 ) -> dict[str, float]:
-    """One step; returns the terms of its loss (none where the batch has nothing to learn)."""
+    """One step; returns the terms of its loss (none where the batch has nothing to learn).
+
+    None is taken where the gradient is not finite: the student would never be so again.
+    """
     weight = float(weights_N[torch.from_numpy(batch.at_N != COLD)].sum())
     terms: dict[str, Tensor] = {}
     student.train()
@@ -139,8 +145,11 @@ def learn(
         sum(terms.values(), torch.zeros(())).backward()
     if not peers.average(student, weight):
         return {}
-    torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
-    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
+    if norm.isfinite():
+        optimizer.step()
+    else:
+        logger.error("a micro-batch is not learned, its gradient is not finite: loss %s", terms)
     return {name: term.item() for name, term in terms.items()}
 
 

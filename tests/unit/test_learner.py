@@ -1,5 +1,6 @@
 """What is learned of one batch: its terms, whom they trust, and where a new student begins."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from ray_jobs.histories import Histories
 from ray_jobs.labels import Labels, aligned, items_of, label
-from ray_jobs.learner import loss_terms, start_from, trust_in
+from ray_jobs.learner import adam, learn, loss_terms, start_from, trust_in
 from ray_jobs.microbatch import COLD, MicroBatch, absorb, group
 from ray_jobs.recipes import DistillConfig
 from services.core.catalog import Catalog
@@ -51,6 +52,23 @@ def test_a_weight_of_zero_switches_its_term_off(off: str, config: DistillConfig)
     )
     assert set(terms) == {"hard", "soft", "hidden"} - {off}
     assert all(torch.isfinite(term) for term in terms.values())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_student_as_it_was() -> None:
+    student, batch, teacher = labelled_batch()
+    labels = label(teacher, batch, top_k=5)
+    labels.logits_NK[:] = np.nan
+    before = copy.deepcopy(student.state_dict())
+    learn(
+        student,
+        adam(student, CONFIG),
+        batch,
+        labels,
+        config=CONFIG,
+        weights_N=torch.ones(len(batch)),
+        trust=1.0,
+    )
+    assert all(torch.equal(student.state_dict()[name], old) for name, old in before.items())
 
 
 def test_a_teacher_out_of_trust_leaves_the_hard_label() -> None:
