@@ -5,15 +5,17 @@
     catalog.parquet
     shared.json                 counters, teacher and student versions
     rank-00000/                 of each worker: histories.parquet, own.json (positions, ledger, ...)
+               manifest.json    hashes of all that it wrote, and how many workers there were
 
 Ray Train stores the directory and only then counts it as a checkpoint. Nothing is pickled.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +27,8 @@ from ray_jobs.recipes import DistillConfig
 from services.core.catalog import Catalog
 from services.core.metrics import Prequential
 from services.core.models.student import Student
+
+MANIFEST: Final = "manifest.json"
 
 Ledger = dict[int, list[list[int]]]  # per partition the ranges [first, next) learned, in order
 
@@ -78,7 +82,7 @@ class State:
             self.positions[partition] = until
 
 
-def save(state: State, directory: Path, *, rank: int) -> None:
+def save(state: State, directory: Path, *, rank: int, world: int = 1) -> None:
     """Write this worker's part; worker 0 writes what all have in common."""
     own = directory / f"rank-{rank:05d}"
     own.mkdir(parents=True)
@@ -100,6 +104,24 @@ def save(state: State, directory: Path, *, rank: int) -> None:
         save_file(_moments(state.student, state.optimizer), directory / "optimizer.safetensors")
         pq.write_table(state.catalog.to_table(), directory / "catalog.parquet")
         _write_json(directory / "shared.json", vars(state.counters))
+    written = [p for p in directory.rglob("*") if p.is_file() and _is_of(p, directory, rank)]
+    hashes = {str(path.relative_to(directory)): _sha256(path) for path in written}
+    _write_json(own / MANIFEST, {"world": world, "files": hashes})
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is all that every worker wrote."""
+    try:
+        parts = [json.loads(path.read_text()) for path in directory.glob(f"rank-*/{MANIFEST}")]
+        if not parts or any(part["world"] != len(parts) for part in parts):
+            return f"{len(parts)} workers' manifests are there"
+        for part in parts:
+            for name, expected in part["files"].items():
+                if _sha256(directory / name) != expected:
+                    return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return repr(error)
+    return None
 
 
 def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 1) -> State:
@@ -160,6 +182,17 @@ def _set_moments(
     for path, value in moments.items():
         name, key = path.rsplit("/", 1)
         optimizer.state[parameters[name]][key] = value
+
+
+def _is_of(path: Path, directory: Path, rank: int) -> bool:
+    """Whether that worker writes this file of a checkpoint."""
+    first = path.relative_to(directory).parts[0]
+    return first == f"rank-{rank:05d}" or (rank == 0 and not first.startswith("rank-"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,9 +6,10 @@ Reads downward; the loop itself is `distiller.Distiller`.
 import logging
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow.fs
 import ray.train
 import torch
 from ray.train.v2._internal.execution import context as reporting
@@ -86,7 +87,7 @@ def work(given: dict[str, Any]) -> None:
 def report(state: State, peers: Peers) -> None:
     """Hand the checkpoint to Ray Train, which stores it whole."""
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(state, Path(directory), rank=peers.rank)
+        checkpoint.save(state, Path(directory), rank=peers.rank, world=peers.world)
         ray.train.report(
             {"events_learned": state.counters.events_learned},
             checkpoint=ray.train.Checkpoint.from_directory(directory),
@@ -94,17 +95,44 @@ def report(state: State, peers: Peers) -> None:
 
 
 def resume(recipe: Recipe, peers: Peers) -> State | None:
-    """The newest checkpoint; None where there is none that this recipe can go on from."""
-    stored = ray.train.get_checkpoint()
-    if stored is None:
+    """The newest whole checkpoint; None where there is none that this recipe can go on from."""
+    state = _newest_whole(recipe, peers)
+    if state is None:
         return None
-    with stored.as_directory() as directory:
-        state = checkpoint.load(
-            Path(directory), config=recipe.distill, rank=peers.rank, world=peers.world
-        )
     if state.student.config != recipe.student:
         logger.warning("the checkpoint's student has other sizes than %s: anew", recipe.name)
         return None
     learned, positions = state.counters.events_learned, state.positions
     logger.info("resumed after %d events, next are %s", learned, positions)
     return state
+
+
+def _newest_whole(recipe: Recipe, peers: Peers) -> State | None:
+    """Worker 0 says which is damaged; an older one goes on from its own, earlier positions."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return None
+    for path in peers.gather(_until(newest))[0]:
+        with ray.train.Checkpoint(path, newest.filesystem).as_directory() as directory:
+            damage = checkpoint.damage(Path(directory)) if peers.rank == 0 else None
+            damage = peers.gather(damage)[0]
+            if damage is None:
+                return checkpoint.load(
+                    Path(directory), config=recipe.distill, rank=peers.rank, world=peers.world
+                )
+        logger.error("checkpoint %s is damaged (%s): on to the one before it", path, damage)
+    logger.error("no checkpoint is whole: anew, from the offline log")
+    return None
+
+
+def _until(newest: ray.train.Checkpoint) -> list[str]:
+    """This checkpoint's path and those of the older ones beside it, the newest first."""
+    folder = pyarrow.fs.FileSelector(str(PurePosixPath(newest.path).parent))
+    found = (info.path for info in newest.filesystem.get_file_info(folder))
+    names = {PurePosixPath(path).name: path for path in found}
+    last = PurePosixPath(newest.path).name
+    return [
+        names[name]
+        for name in sorted(names, reverse=True)
+        if name.startswith("checkpoint_") and name <= last
+    ]

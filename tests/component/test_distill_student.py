@@ -93,9 +93,17 @@ def test_versions_are_promoted_and_a_killed_job_goes_on_exactly_where_it_was(
 
     assert f"{job}  RUNNING" in _reflux(settings, "student", "status")
     assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
+    # A flipped bit in the newest checkpoint: the one before it counts.
+    weights = max(Path(settings.checkpoints).glob("*/checkpoint_*/student/weights.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
     job = _start(settings.model_copy(update={"student_workers": 1}))  # takes over from both
     _send(settings, events[HISTORY + LIVE + MORE :])
     _until(lambda: _newest(registry)["events_learned"] == LIVE + 2 * MORE, client, job)
+    logs = client.get_job_logs(job)
+    assert "student/weights.safetensors is not what was written" in logs
+    assert "resumed after" in logs
     assert _reflux(settings, "student", "stop").split() == [job, "STOPPED"]
     assert "no distillation job" in _reflux(settings, "student", "stop")
     learned = learned_once(newest_ledger(settings.checkpoints), end_offsets(settings, EVENTS))

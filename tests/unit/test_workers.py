@@ -1,6 +1,8 @@
 """Several distillation workers learn what one would, and take over from each other."""
 
 import itertools
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -142,7 +144,9 @@ def run(home: Path, peers: Peers, *, since: Path | None = None) -> State:
         settings=Settings(home=home, publish_every_s=5, checkpoint_every_s=1e9),
         config=RECIPE.distill,
         peers=peers,
-        keep=lambda: checkpoint.save(state, home / f"kept-{next(kept)}", rank=peers.rank),
+        keep=lambda: checkpoint.save(
+            state, home / f"kept-{next(kept)}", rank=peers.rank, world=peers.world
+        ),
         now_s=lambda: 1000.0 * peers.rank + next(clock),  # each machine's clock has its own zero
     )
     distiller.begin()
@@ -204,6 +208,31 @@ def test_what_is_learned_does_not_depend_on_the_number_of_workers(
     assert second.ledger == {p: [[0, end + TICKS * EACH]] for p in range(PARTITIONS)}
     assert second.quality.metrics()["stream.events"] == 2 * PARTITIONS * TICKS * EACH
     assert_same(left_in(together / "3"), second)
+
+
+def test_a_damaged_checkpoint_is_noticed(together: Path, tmp_path: Path) -> None:
+    whole = newest(together / "2")
+    assert checkpoint.damage(whole) is None
+
+    def damaged(name: str) -> tuple[Path, Path]:
+        directory = tmp_path / name.replace("/", "-")
+        shutil.copytree(whole, directory)
+        return directory, directory / name
+
+    directory, path = damaged("student/weights.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    assert checkpoint.damage(directory) == "student/weights.safetensors is not what was written"
+    directory, path = damaged("rank-00001/own.json")
+    os.truncate(path, 10)
+    assert checkpoint.damage(directory) == "rank-00001/own.json is not what was written"
+    directory, path = damaged("rank-00000/histories.parquet")
+    path.unlink()
+    assert "FileNotFoundError" in (checkpoint.damage(directory) or "")
+    directory, path = damaged("rank-00001")
+    shutil.rmtree(path)
+    assert checkpoint.damage(directory) == "1 workers' manifests are there"
 
 
 def test_a_log_in_parts_is_remembered_as_a_whole_one() -> None:
