@@ -69,17 +69,27 @@ class State:
     frozen: Student | None = None
     proved: Student | None = None
 
-    def learned(self, positions: Mapping[int, int]) -> None:
-        """Enter into the ledger that everything before `positions` has been learned."""
+    def learned(
+        self,
+        positions: Mapping[int, int],
+        *,
+        skipped: Mapping[int, tuple[int, int]] | None = None,
+    ) -> None:
+        """Enter into the ledger that everything before `positions` has been learned, but for what
+        was skipped: offsets [first, next) that nobody has any more, by partition."""
         for partition, until in positions.items():
-            ranges = self.ledger.setdefault(partition, [])
             begin = self.positions.get(partition, 0)
-            if until > begin:
-                if ranges and ranges[-1][1] == begin:
-                    ranges[-1][1] = until
-                else:
-                    ranges.append([begin, until])
+            first, following = (skipped or {}).get(partition, (begin, begin))
+            self._enter(partition, begin, first)
+            self._enter(partition, following, until)
             self.positions[partition] = until
+
+    def _enter(self, partition: int, first: int, following: int) -> None:
+        ranges = self.ledger.setdefault(partition, [])
+        if ranges and ranges[-1][1] == first:
+            ranges[-1][1] = following
+        elif following > first:
+            ranges.append([first, following])
 
 
 def save(state: State, directory: Path, *, rank: int, world: int = 1) -> None:

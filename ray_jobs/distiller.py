@@ -54,12 +54,14 @@ class Pending:
     ranks: dict[str, Ranks]  # of the new events, by who predicted them
     arrivals_ms: NDArray[np.int64]
     positions: dict[int, int]  # after it
+    skipped: Mapping[int, tuple[int, int]]  # on the way to it
 
 
 class _Read(NamedTuple):
     """What one worker tells the others of what it has just read."""
 
     n_new: int
+    refused: int
     lists_answered: int
     lists_hit: int
     users: dict[int, int]  # remembered, by partition
@@ -204,7 +206,10 @@ class Distiller:
         news = group(arrivals, state.histories)
         absorb(news, state.histories)
         n_new = sum(int(user.new.sum()) for user in news)
-        told = self._peers.gather(_Read(n_new, answered, hits, state.histories.sizes()))
+        told = self._peers.gather(
+            _Read(n_new, received.refused, answered, hits, state.histories.sizes())
+        )
+        self.telemetry.refused.inc(sum(one.refused for one in told))
         n_all = sum(one.n_new for one in told)
         state.counters.lists_answered += sum(one.lists_answered for one in told)
         state.counters.lists_hit += sum(one.lists_hit for one in told)
@@ -242,6 +247,7 @@ class Distiller:
             ranks={},
             arrivals_ms=received.arrivals_ms,
             positions=dict(self._source.positions),
+            skipped=received.skipped,
         )
 
     def _predict(self, pending: Pending, *, known_rows: int) -> None:
@@ -289,7 +295,7 @@ class Distiller:
             state.counters.events_learned += pending.n_all
             self.telemetry.learned.inc(pending.n_all)
             self.publisher.learned(pending.arrivals_ms)
-        state.learned(pending.positions)
+        state.learned(pending.positions, skipped=pending.skipped)
 
     def _account(self, pending: Pending, teacher: Ranks | None, stale: Ranks | None) -> None:
         ranks = dict(pending.ranks)

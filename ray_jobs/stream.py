@@ -8,7 +8,7 @@ consumer group, and nothing is committed to Kafka.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ COLUMNS = [
     *("arrival", "partition", "offset"),
 ]
 LOOK_MS = 100
+REFUSED_EVERY_S = 60.0  # between two lines on records that are no events
 Positions = Mapping[int, int]
 Row = tuple[Event, int, int]  # and its arrival (ms) and partition
 
@@ -63,6 +64,8 @@ class Received:
     keys: NDArray[np.int64]
     impressions: list[Impression]
     forgotten: frozenset[str] = frozenset()  # users who wished it; their events here came later
+    refused: int = 0  # records that are no valid events
+    skipped: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # see `State.learned`
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -120,8 +123,8 @@ class Received:
 class EventStream:
     """Worker `rank`'s share of the partitions, read from `positions` on; `poll` moves them.
 
-    Where the topic was created anew (a broker that lost its log), what the offline log still has
-    of the old one comes first, then the new one from its start.
+    What Kafka no longer has, by its retention or because the topic was created anew (a broker that
+    lost its log), comes from the offline log, as far as that has it.
     """
 
     def __init__(
@@ -137,6 +140,8 @@ class EventStream:
             for partition, begin in resume_offsets(settings, self._log).items()
             if partition % world == rank
         }
+        self._refused = 0  # not told yet
+        self._told_s = -REFUSED_EVERY_S
         self._open()
 
     def poll(self, *, max_events: int, timeout_s: float) -> Received:
@@ -147,10 +152,11 @@ class EventStream:
         consumer that always asks, 0.05 for this one.
         """
         for partition, at in self.positions.items():
-            if epoch_of(at) < self._epoch:
+            if at < self._begins[partition]:
                 return self._from_log(partition, at, max_events=max_events)
         rows: list[Row] = []
         forgotten: set[str] = set()
+        refused: list[InvalidEventError] = []
         n_left = max_events
         if self.lag_events() < max_events:
             time.sleep(timeout_s)
@@ -163,10 +169,12 @@ class EventStream:
             looks += 1
             for where in sorted(polled, key=lambda where: int(where.partition)):
                 n_left -= len(polled[where])
-                if not self._take(where.partition, polled[where], rows, forgotten):
+                if not self._take(where.partition, polled[where], rows, forgotten, refused):
                     self._open()
-                    return Received.of(rows, forgotten)
-        return Received.of(rows, forgotten)
+                    n_left = 0
+                    break
+        self._tell_of(refused)
+        return replace(Received.of(rows, forgotten), refused=len(refused))
 
     def lag_events(self) -> int:
         """Records in Kafka beyond our positions, as far as the consumer has heard."""
@@ -188,23 +196,46 @@ class EventStream:
     def _open(self) -> None:
         self._epoch = self._log.epoch(topic_id(self._settings, EVENTS))
         self._consumer.assign([TopicPartition(EVENTS, p) for p in self.positions])
+        self._begins = self._kafka_begins(self.positions)
+        self._rest: tuple[pa.Table, int] | None = None  # of a file of the log, and where it ends
         for partition, at in self.positions.items():
-            old = epoch_of(at) < self._epoch
-            if old:
+            begin = self._begins[partition]
+            if epoch_of(at) < self._epoch:
                 logger.warning(
                     "topic %r was created anew: partition %d goes on with what the offline log "
                     "has after %d, then with the new topic; what was in neither is lost",
                     *(EVENTS, partition, at),
                 )
-            self._consumer.seek(TopicPartition(EVENTS, partition), 0 if old else kafka_offset(at))
+            elif at < begin:
+                logger.warning(
+                    "Kafka no longer has partition %d from %d to %d: on from the offline log",
+                    *(partition, at, begin),
+                )
+            self._consumer.seek(TopicPartition(EVENTS, partition), kafka_offset(max(at, begin)))
 
-    def _take(self, partition: int, records: Any, rows: list[Row], forgotten: set[str]) -> bool:
+    def _kafka_begins(self, partitions: Iterable[int]) -> dict[int, int]:
+        """The first log offsets that Kafka still has."""
+        earliest = self._consumer.beginning_offsets([TopicPartition(EVENTS, p) for p in partitions])
+        return {at.partition: self._epoch * EPOCH_SPAN + first for at, first in earliest.items()}
+
+    def _take(
+        self,
+        partition: int,
+        records: Any,
+        rows: list[Row],
+        forgotten: set[str],
+        refused: list[InvalidEventError],
+    ) -> bool:
         """Add valid events to `rows` and move the position; False: offsets fell, which they never
-        do in one and the same topic. A wish to be forgotten takes the user's out again."""
+        do in one and the same topic, or Kafka has removed some that we had still to read. A wish
+        to be forgotten takes the user's out again."""
         now_ms = time.time_ns() // 1_000_000
         for record in records:
             position = self._epoch * EPOCH_SPAN + record.offset
-            if position < self.positions[partition]:
+            at = self.positions[partition]
+            # Where others write in transactions, offsets have gaps that hold no records.
+            gap = position > at and self._kafka_begins([partition])[partition] > at
+            if gap or position < at:
                 return False
             self.positions[partition] = position + 1
             try:
@@ -219,24 +250,50 @@ class EventStream:
                     arrival_ms=arrival_ms,
                     max_future_s=self._settings.max_future_s,
                 )
-            except InvalidEventError:
-                continue  # the feature worker puts it into events.dead, with the reason
+            except InvalidEventError as error:
+                refused.append(error)
+                continue
             rows.append((event, arrival_ms, partition))
         return True
 
+    def _tell_of(self, refused: list[InvalidEventError]) -> None:
+        """They are in events.dead with the reason, where the feature worker refuses them too."""
+        self._refused += len(refused)
+        if refused and time.monotonic() - self._told_s > REFUSED_EVERY_S:
+            logger.warning(
+                "%d records can't be learned; the newest: %s", self._refused, refused[-1]
+            )
+            self._refused, self._told_s = 0, time.monotonic()
+
     def _from_log(self, partition: int, at: int, *, max_events: int) -> Received:
-        """The next events that only the log still has; then the position is the new topic's."""
-        begin = self._epoch * EPOCH_SPAN
-        elsewhere = dict.fromkeys(self._log.end(), begin)
-        rest = self._log.read(
-            since={**elsewhere, partition: at},
-            until={**elsewhere, partition: begin},
-            columns=COLUMNS,
-        ).sort_by("offset")
-        head = rest.slice(0, max_events)
-        done = len(head) == len(rest)
-        self.positions[partition] = begin if done else int(head["offset"][-1].as_py()) + 1
+        """The next events of a file of the log; after the last, the position is Kafka's begin."""
+        if self._rest is None:
+            begin = self._begins[partition]
+            elsewhere = dict.fromkeys(self._log.end(), 0)
+            files = self._log.portions(
+                since={partition: at}, until={**elsewhere, partition: begin}, records=1
+            )
+            first = files[0].since[partition] if files else begin
+            if first > at:
+                return self._skip(partition, at, first)
+            rows = self._log.read(since=files[0].since, until=files[0].until, columns=COLUMNS)
+            self._rest = rows.sort_by("offset"), files[0].until[partition]
+        rows, until = self._rest
+        head, rest = rows.slice(0, max_events), rows.slice(max_events)
+        self._rest = (rest, until) if len(rest) else None
+        self.positions[partition] = int(rest["offset"][0].as_py()) if len(rest) else until
         return Received.of_log(head)
+
+    def _skip(self, partition: int, at: int, first: int) -> Received:
+        """Go on from `first`: what comes before is in neither Kafka nor the log."""
+        if epoch_of(at) == epoch_of(first):
+            logger.error(
+                "partition %d: %d records from %d on are in neither Kafka nor the offline log; "
+                "nobody learns them. Raise the topic's retention",
+                *(partition, first - at, at),
+            )
+        self.positions[partition] = first
+        return replace(Received.of([]), skipped={partition: (at, first)})
 
 
 def answer_lists(

@@ -14,12 +14,15 @@ _STEP_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Telemetry:
-    """One registry per job, so that tests can make several. Events are worker 0's own share."""
+    """One registry per job, so that tests can make several. Counts are of all workers."""
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
         self.learned = Counter(
             "reflux_student_events", "Events learned since this process began", registry=own
+        )
+        self.refused = Counter(
+            "reflux_student_refused", "Records in Kafka that are no valid events", registry=own
         )
         self.lag = Gauge(
             "reflux_student_lag_events", "Records in Kafka not yet read to learn", registry=own

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pyarrow.fs
 
-from services.core.eventlog import EventLog
+from services.core.eventlog import EventLog, epoch_of, kafka_offset
 from services.core.events import EVENTS, MAX_TIMESTAMP_MS
 from services.core.features import FeatureStore
 from services.core.history import UserHistory, histories_as_of
@@ -60,12 +60,13 @@ def online_as_recomputed(
 
 def learned_once(ledger: Mapping[int, Ranges], end: Mapping[int, int]) -> Promise:
     """The ranges that the distillation job has learned join, without gap or overlap, from the
-    log's start to its end."""
+    log's start to its end; where the topic was created anew, the new one's begin at its start."""
     gaps = overlaps = 0
     for partition in ledger.keys() | end.keys():
         at = 0
         for first, following in [*ledger.get(partition, []), [end.get(partition, 0)] * 2]:
-            gaps += first > at
+            anew = epoch_of(first) > epoch_of(at) and kafka_offset(first) == 0
+            gaps += first > at and not anew
             overlaps += first < at
             at = max(at, following)
     return Promise(

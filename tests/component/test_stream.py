@@ -49,7 +49,7 @@ def settings_of(bootstrap: str, home: Path) -> Settings:
 
 
 def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
-    fresh_kafka: str, tmp_path: Path
+    fresh_kafka: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_of(fresh_kafka, tmp_path / "home")
     send(settings, ["a", "b", "c"])
@@ -58,11 +58,28 @@ def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
         stream.poll(max_events=10, timeout_s=0.5)
         positions = dict(stream.positions)
     assert sum(positions.values()) == 4  # the poison's place is behind us too
+    assert "1 records can't be learned" in caplog.text
     send(settings, ["d"])
     with closing(EventStream(settings, positions)) as stream:
         assert drain(stream, "ud", 1) == ["ud"]
     with closing(EventStream(settings, {0: 0, 1: 0}, rank=1, world=2)) as share:
         assert set(share.positions) == {1}
+
+
+def test_what_kafka_no_longer_has_comes_from_the_log_and_else_is_told(
+    fresh_kafka: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(fresh_kafka, tmp_path / "home").model_copy(update={"partitions": 1})
+    arrived = send(settings, ["a", "b", "c", "d"])
+    EventLog(settings.offline).append(events_table(arrived[:2]))
+    with closing(EventStream(settings, {0: 1})) as stream:
+        # The embedded broker keeps everything: as if its retention had removed the first three.
+        stream._consumer.beginning_offsets = lambda where: dict.fromkeys(where, 3)
+        stream._open()
+        assert stream.poll(max_events=7, timeout_s=0.2).user_ids == ["ub"]
+        assert stream.poll(max_events=7, timeout_s=0.2).skipped == {0: (2, 3)}
+        assert "1 records from 2 on are in neither" in caplog.text
+        assert drain(stream, "ud", 1) == ["ud"]
 
 
 class Told(Peers):
@@ -117,6 +134,8 @@ def test_a_topic_created_anew_is_noticed_and_read_from_its_start(
         assert "created anew" in caplog.text
         # First what only the offline log still has.
         assert drain(stream, "uc", 3) == ["ua", "ub", "uc"]
-        assert all(at >= EPOCH_SPAN for at in stream.positions.values())
+        for _ in stream.positions:  # at most a poll each, from one topic to the other
+            stream.poll(max_events=7, timeout_s=0.2)
+        assert all(at == EPOCH_SPAN for at in stream.positions.values())
         send(after, ["reset-d"])
         assert "ureset-d" in drain(stream, "ureset-d", 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 
+from services.core.eventlog import EPOCH_SPAN
 from services.core.history import UserHistory
 from services.local import rehearsal
 from services.local.audit import (
@@ -41,6 +42,9 @@ def test_a_gap_or_an_overlap_of_what_was_learned_breaks_the_promise() -> None:
     assert not learned_once({0: [[0, 10], [8, 25]]}, {0: 25}).kept  # learned twice
     assert not learned_once({0: [[0, 10]]}, {0: 25}).kept  # the end is missing
     assert not learned_once({0: [[0, 10]]}, {0: 10, 1: 3}).kept  # a whole partition is
+    anew = [[0, 10], [EPOCH_SPAN, EPOCH_SPAN + 5]]
+    assert learned_once({0: anew}, {0: EPOCH_SPAN + 5}).kept
+    assert not learned_once({0: [[0, 10], [EPOCH_SPAN + 2, EPOCH_SPAN + 5]]}, {0: EPOCH_SPAN}).kept
 
 
 def test_requests_that_fail_or_come_late_break_the_promise_unless_excused() -> None:

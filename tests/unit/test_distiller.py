@@ -28,6 +28,7 @@ from services.core.metrics import MISS, Prequential
 from services.core.models.student import Student
 from services.core.registry import Registry
 from services.core.settings import Settings
+from services.local.audit import learned_once
 from tests.streams import CONFIG, STUDENT, AbortError, Log
 
 
@@ -231,6 +232,16 @@ def test_a_registry_that_cannot_be_written_stops_nothing_and_is_told_all_later(
     assert not publisher.behind()
     arrived = Registry(str(registry)).manifest("student", 1)["arrivals_ms"]
     assert (arrived["oldest"], arrived["newest"]) == (1_000, 2_000)
+
+
+def test_what_nobody_has_is_not_entered_as_learned() -> None:
+    state = new_state()
+    state.learned({0: 10, 1: 4})
+    state.learned({0: 30, 1: 9}, skipped={0: (10, 25)})
+    state.learned({0: 31})
+    assert state.positions == {0: 31, 1: 9}
+    assert state.ledger == {0: [[0, 10], [25, 31]], 1: [[0, 9]]}
+    assert not learned_once(state.ledger, state.positions).kept
 
 
 def test_what_the_registry_does_not_take_changes_nothing(tmp_path: Path) -> None:
