@@ -9,7 +9,7 @@ import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from services.core.settings import LOOPBACK, Settings
+from services.core.settings import Settings
 from services.core.stackfile import read_stack
 
 TIMEOUT_S: Final = 2.0
@@ -65,7 +65,7 @@ class Scraper:
         if settings.student_metrics_port:
             ports.append(settings.student_metrics_port)
         urls = [settings.gateway_url, settings.recommend_url]
-        return [*filter(None, urls), *(f"http://{LOOPBACK[0]}:{port}" for port in ports)]
+        return [*filter(None, urls), *(f"http://{settings.host}:{port}" for port in ports)]
 
 
 def total(samples: Samples, name: str, **labels: str) -> int | None:
