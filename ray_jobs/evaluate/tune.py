@@ -21,13 +21,13 @@ JUDGED_SHARE: Final = 0.08
 
 GRIDS: Final[dict[str, dict[str, list[Any]]]] = {
     "popularity": {"half_life_events": [2e3, 1e4, 5e4, 2e5, 1e9]},
-    "markov": {"reach": [5, 10], "fading": [0.5, 0.75, 1.0], "norm": [0.0, 0.5, 0.75, 1.0]},
+    "markov": {"reach": [5, 10, 20], "fading": [0.5, 0.75, 1.0], "norm": [0.0, 0.5, 0.75, 1.0]},
     "ease": {"last": [5, 10, 20], "regularisation": [100.0, 500.0, 1000.0, 2000.0, 5000.0]},
     "factorisation": {
-        "factors": [64, 128],
+        "factors": [32, 64, 128],
         "last": [5, 10, 20, 50],
         "regularisation": [0.01, 1.0, 10.0, 30.0],
-        "alpha": [1.0, 10.0, 40.0],
+        "alpha": [0.3, 1.0, 10.0, 40.0],
     },
 }
 
