@@ -9,8 +9,9 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -170,25 +171,44 @@ class FeatureStore:
             for user_id, row in zip(user_ids, found, strict=True)
         ]
 
-    def unfilled(self, topic: str, partitions: Iterable[int]) -> dict[int, bool]:
-        """Partitions of which this store may lack logged records, and whether only the newest.
+    def unfilled(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Partitions of which this store may lack logged records, and from which log offset on.
 
-        All may be missing where it is new or has lost everything; the newest where it has been
-        restarted or failed over: Redis answers before what was written is safe.
+        From 0 where it is new or has lost everything. One that has been restarted or failed over
+        may have come back as it was minutes ago (Redis answers before what was written is safe),
+        and its marks with it: from where they say.
         """
         try:
-            client, incarnation = self._client(), self._incarnation()
-            marks = {p: client.get(self._mark(topic, p)) for p in partitions}
+            incarnation, client = self.incarnation(), self._client()
+            marks = {p: _parsed(client.get(self._mark(topic, p))) for p in partitions}
         except self._redis_error as error:
             raise self._unavailable(error) from None
-        return {p: mark is not None for p, mark in marks.items() if mark != incarnation}
+        return {p: offset for p, (offset, of) in marks.items() if of != incarnation}
 
-    def mark_filled(self, topic: str, partitions: Iterable[int]) -> None:
-        """Say that all logged records of these partitions are in the store."""
+    def mark_filled(self, topic: str, offsets: Mapping[int, int], incarnation: bytes) -> None:
+        """Say that this incarnation has all that the log has of these partitions, and that what
+        comes before these offsets will survive it; nothing where it has ended meanwhile."""
+        self._set_marks(topic, offsets, incarnation)
+
+    def advance_marks(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Say that what comes before these offsets will survive, too, where nothing is missing."""
+        self._set_marks(topic, offsets, None)
+
+    def _set_marks(self, topic: str, offsets: Mapping[int, int], incarnation: bytes | None) -> None:
+        """None: the one that a mark names."""
+
+        def change(pipe: Any, key: str, offset: int) -> None:
+            # A restart from now on breaks the connection, and with it the transaction: what a
+            # store that has come back old says of itself must not be overwritten.
+            of = incarnation or _parsed(pipe.get(key))[1]
+            if of == self.incarnation():
+                pipe.multi()
+                pipe.set(key, b"%d %b" % (offset, of))
+
         try:
-            client, incarnation = self._client(), self._incarnation()
-            for partition in partitions:
-                client.set(self._mark(topic, partition), incarnation)
+            for partition, offset in offsets.items():
+                key = self._mark(topic, partition)
+                self._client().transaction(partial(change, key=key, offset=offset), key)
         except self._redis_error as error:
             raise self._unavailable(error) from None
 
@@ -204,16 +224,19 @@ class FeatureStore:
     def _client(self) -> Any:
         return self._online._get_client(self._config.online_store)
 
-    def _incarnation(self) -> bytes:
+    def incarnation(self) -> bytes:
         """Another one after each start of Redis, or of one of its cluster's primaries."""
         client = self._client()
         cluster = hasattr(client, "get_primaries")
-        found = client.info("server", **({"target_nodes": "primaries"} if cluster else {}))
+        try:
+            found = client.info("server", **({"target_nodes": "primaries"} if cluster else {}))
+        except self._redis_error as error:
+            raise self._unavailable(error) from None
         nodes = [found] if "run_id" in found else found.values()
         return ",".join(sorted(str(node["run_id"]) for node in nodes)).encode()
 
     def _mark(self, topic: str, partition: int | str) -> str:
-        return f"{self._config.project}:filled:{topic}:{partition}"
+        return f"{self._config.project}:filled_until:{topic}:{partition}"
 
     def forget_users(self, user_ids: Sequence[str]) -> None:
         """Delete these users' rows online."""
@@ -287,6 +310,12 @@ class FeatureStore:
             f"Redis at {self._settings.redis.split(',')[0]} doesn't answer ({error}); check that "
             "it runs and is reachable, and REFLUX_REDIS"
         )
+
+
+def _parsed(mark: bytes | None) -> tuple[int, bytes]:
+    """A mark's offset and incarnation; (0, b"") for none."""
+    offset, _, incarnation = (mark or b"0").partition(b" ")
+    return int(offset), incarnation
 
 
 @contextmanager

@@ -134,6 +134,32 @@ def merge(
     return merged, duplicates
 
 
+def joined(older: UserHistory, newer: UserHistory, *, limit: int) -> UserHistory:
+    """One user's history from two, of events that arrived before and after some moment.
+
+    As if made of all events at once; an event in both windows counts once.
+    """
+
+    def events(history: UserHistory) -> list[tuple[Any, ...]]:
+        columns = (history.item_ids, history.event_types, history.timestamps_ms, history.values)
+        return list(zip(history.event_keys, *columns, strict=True))
+
+    held = set(older.event_keys)
+    news = [event for event in events(newer) if event[0] not in held]
+    rows = sorted(events(older) + news, key=lambda event: event[3])[-limit:]
+    keys, items, kinds, times, values = zip(*rows, strict=True) if rows else ((),) * 5
+    return replace(
+        newer,
+        item_ids=items,
+        event_types=kinds,
+        timestamps_ms=times,
+        values=values,
+        event_keys=keys,
+        n_events=older.n_events + newer.n_events - (len(newer.event_keys) - len(news)),
+        last_arrival_ms=max(older.last_arrival_ms, newer.last_arrival_ms),
+    )
+
+
 def histories_as_of(
     events: pa.Table, user_ids: Sequence[str], timestamps_ms: Sequence[int], *, limit: int
 ) -> list[UserHistory]:

@@ -1,71 +1,133 @@
 """The online store from the offline log, for one that has lost what it had."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from kafka import TopicPartition
+from kafka.errors import KafkaError
 
-from services.core.eventlog import EventLog
-from services.core.events import EVENTS, MAX_TIMESTAMP_MS, Item
+from services.core.errors import UnavailableError
+from services.core.eventlog import PORTION_RECORDS, EventLog, Portion, epoch_of, kafka_offset
+from services.core.events import EVENTS, ITEMS, MAX_TIMESTAMP_MS, Item
 from services.core.features import FeatureStore
-from services.core.history import histories_as_of
+from services.core.history import histories_as_of, joined
+from services.core.kafka import end_offsets, make_consumer, read_up_to
+from services.core.settings import Settings
+from services.ingest.reading import sort_out
 
-EVENT_COLUMNS = [
-    *("event_id", "user_id", "item_id", "type", "timestamp", "value"),
-    *("arrival", "partition", "offset"),
+EVENT_COLUMNS: Final = [
+    *("event_id", "user_id", "item_id", "type", "timestamp", "value", "arrival", "partition"),
 ]
-ITEM_FIELDS = ["item_id", "title", "categories", "text"]
-ITEM_COLUMNS = [*ITEM_FIELDS, "arrival", "partition"]
-RECENT_S = 60.0  # Redis keeps all but a second or two; what is written again does no harm
+ITEM_FIELDS: Final = ["item_id", "title", "categories", "text"]
+ROWS_AT_ONCE: Final = 1_000  # users, of up to thousands of events each; items, of long texts
+EVENTS_READ: Final = PORTION_RECORDS  # at a time
+ITEMS_READ: Final = 50_000
 
 
 def rebuild(
+    settings: Settings,
     features: FeatureStore,
     log: EventLog,
-    starts: Mapping[int, int],
-    *,
-    history_events: int,
-    recent_only: bool,
-) -> int:
-    """Write online what the log says of these partitions before `starts`; how many rows.
-
-    Only for partitions that nobody else writes, at the offsets where their reader goes on: what
-    follows is then merged as if nothing had been lost. `recent_only`: rows whose newest record is
-    among the last `RECENT_S` of its partition's.
-    """
-    columns = EVENT_COLUMNS if log.topic == EVENTS else ITEM_COLUMNS
-    rows = log.read(until=starts, columns=columns)
-    written = 0
-    for partition, start in starts.items():
-        mine = rows.filter(pc.equal(rows["partition"], pa.scalar(partition, pa.int32())))
-        if recent_only and len(mine):
-            since = pc.max(mine["arrival"]).as_py() - timedelta(seconds=RECENT_S)
-            mine = mine.filter(pc.greater_equal(mine["arrival"], pa.scalar(since)))
-        if log.topic == EVENTS:
-            written += _write_users(
-                features, rows, mine, history_events, partition=partition, start=start
-            )
-        else:
-            latest = {row["item_id"]: row for row in mine.select(ITEM_FIELDS).to_pylist()}
-            features.write_items(Item(**row) for row in latest.values())
-            written += len(latest)
-    return written
-
-
-def _write_users(
-    features: FeatureStore,
-    events: pa.Table,
-    mine: pa.Table,
-    history_events: int,
-    *,
     partition: int,
-    start: int,
+    *,
+    since: int,
+    until: int,
 ) -> int:
-    user_ids = pc.unique(mine["user_id"]).to_pylist()
-    until_ms = [MAX_TIMESTAMP_MS + 1] * len(user_ids)
-    rows = histories_as_of(events, user_ids, until_ms, limit=history_events)
-    rows = [replace(row, partition=partition, offset=start - 1) for row in rows if row.item_ids]
-    features.write_users(rows)
-    return len(rows)
+    """Write online again whom, or what, a partition's log offsets `since` to `until` are about;
+    how many rows.
+
+    Only for a partition that nobody else writes, `until` where its reader goes on: what follows is
+    then merged as if nothing had been lost. Rows are made of the whole log, whatever is online: a
+    row that was stale may have been written since. The log is read in portions, newest first.
+    """
+    if log.topic == ITEMS:
+        return _rebuild_items(features, log, partition, since, until)
+    if since:  # they were deleted online, but are there again
+        features.forget_users(_forgotten(settings, partition, since, until))
+    return _rebuild_users(features, log, partition, since, until, limit=settings.history_events)
+
+
+def _forgotten(settings: Settings, partition: int, since: int, until: int) -> list[str]:
+    """Who wished it between these log offsets, as far as Kafka still knows: the log no longer
+    does once it is done."""
+    where = TopicPartition(EVENTS, partition)
+    begin = kafka_offset(since) if epoch_of(since) == epoch_of(until) else 0
+    end = min(kafka_offset(until), end_offsets(settings, EVENTS).get(partition, 0))
+    consumer = make_consumer(settings)
+    try:
+        consumer.assign([where])
+        consumer.seek(where, max(begin, consumer.beginning_offsets([where])[where]))
+        records = read_up_to(consumer, {where: end}, give_up_s=settings.kafka_timeout_s)
+        wishes = [record for record in records if record.value is None]
+    except KafkaError as error:
+        raise UnavailableError(f"Kafka doesn't tell who is to be forgotten ({error})") from None
+    finally:
+        consumer.close()
+    found = sort_out(EVENTS, wishes, base=0, now_ms=0, max_future_s=0.0)
+    return [wish.user_id for wish in found.forgotten]
+
+
+def _rebuild_users(
+    features: FeatureStore, log: EventLog, partition: int, since: int, until: int, *, limit: int
+) -> int:
+    news = [
+        pc.unique(_read(log, part, partition, ["user_id", "partition"])["user_id"])
+        for part in _portions(log, partition, since, until, records=EVENTS_READ)
+    ]
+    users = pc.unique(pa.chunked_array(news, pa.string()))
+    written: set[str] = set()
+    for part in reversed(_portions(log, partition, 0, until, records=EVENTS_READ)):
+        events = _read(log, part, partition, EVENT_COLUMNS)
+        events = events.filter(pc.is_in(events["user_id"], value_set=users))
+        user_ids = pc.unique(events["user_id"]).to_pylist()
+        for begin in range(0, len(user_ids), ROWS_AT_ONCE):
+            some = user_ids[begin : begin + ROWS_AT_ONCE]
+            newer = features.read_users([user_id for user_id in some if user_id in written])
+            known = {row.user_id: row for row in newer}
+            ever = [MAX_TIMESTAMP_MS + 1] * len(some)
+            rows = [
+                joined(row, known[row.user_id], limit=limit)
+                if row.user_id in known
+                else replace(row, partition=partition, offset=until - 1)
+                for row in histories_as_of(events, some, ever, limit=limit)
+                if row.item_ids
+            ]
+            features.write_users(rows)
+            written.update(row.user_id for row in rows)
+    return len(written)
+
+
+def _rebuild_items(
+    features: FeatureStore, log: EventLog, partition: int, since: int, until: int
+) -> int:
+    written: set[str] = set()
+    for part in reversed(_portions(log, partition, since, until, records=ITEMS_READ)):
+        items = _read(log, part, partition, [*ITEM_FIELDS, "partition", "offset"])
+        items = items.sort_by("offset")  # the last to arrive, as online
+        ids = enumerate(items["item_id"].to_pylist())
+        last = {item_id: row for row, item_id in ids if item_id not in written}
+        latest = items.take(pa.array(last.values(), pa.int64())).select(ITEM_FIELDS)
+        features.write_items(
+            Item(**row)
+            for batch in latest.to_batches(max_chunksize=ROWS_AT_ONCE)
+            for row in batch.to_pylist()
+        )
+        written |= last.keys()
+    return len(written)
+
+
+def _portions(
+    log: EventLog, partition: int, since: int, until: int, *, records: int
+) -> list[Portion]:
+    """Of this partition alone."""
+    ends = dict.fromkeys(log.end(), 0) | {partition: until}
+    return log.portions(since={partition: since}, until=ends, records=records)
+
+
+def _read(log: EventLog, part: Portion, partition: int, columns: Sequence[str]) -> pa.Table:
+    """Without what another partition has written first just now."""
+    rows = log.read(since=part.since, until=part.until, columns=columns)
+    return rows.filter(pc.equal(rows["partition"], pa.scalar(partition, pa.int32())))

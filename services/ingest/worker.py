@@ -56,6 +56,9 @@ POLL_MS: Final = 100
 COMMIT_AGAIN_S: Final = 1.0
 RETRY_S: Final = 1.0
 CREATE_TOPICS_S: Final = 5.0  # between two attempts, while there is nothing to read
+# Between two marks of what the online store will still have when it comes back. They tell what was
+# so at the ones before: a shard of a cluster may lose seconds that the mark's own shard keeps.
+MARK_EVERY_S: Final = 60.0
 CLOSE_TIMEOUT_MS: Final = 5_000
 ROLL_UP_SHARE: Final = 10  # a roll-up pauses for at least this many times what it took
 
@@ -79,7 +82,8 @@ class Worker(ConsumerRebalanceListener):
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
-        self._checked_s = self._committed_s = time.monotonic()
+        self._safe: dict[TopicPartition, int] = {}  # what the next marks say: see MARK_EVERY_S
+        self._checked_s = self._committed_s = self._marked_s = time.monotonic()
         self._create_topics_at_s = 0.0
 
     def stop(self) -> None:
@@ -119,6 +123,7 @@ class Worker(ConsumerRebalanceListener):
         self._flush.attempt(self._reading)  # what fails here is left to the partitions' next owner
         for partition in partitions:
             self._reading.pop(partition, None)
+            self._safe.pop(partition, None)
             if partition.topic == EVENTS:
                 self._online.let_go(partition.partition)
 
@@ -241,37 +246,41 @@ class Worker(ConsumerRebalanceListener):
 
     def _rebuild(self, topic: str, starts: Mapping[int, int]) -> None:
         """Fill an online store that lacks what the log has of partitions that are now ours."""
-        lost = self._features.unfilled(topic, starts)
-        for recent_only in (False, True):
-            these = {p: starts[p] for p, only in lost.items() if only == recent_only}
-            if not these:
-                continue
+        incarnation = self._features.incarnation()  # should it end meanwhile, the mark shows it
+        for partition, since in self._features.unfilled(topic, starts).items():
             try:
                 rows = rebuild(
+                    self._settings,
                     self._features,
                     self._logs[topic],
-                    these,
-                    history_events=self._settings.history_events,
-                    recent_only=recent_only,
+                    partition,
+                    since=since,
+                    until=starts[partition],
                 )
             except DamagedFileError as error:  # who comes from now on need not wait for a repair
                 rows = 0
                 logger.error("not online again until `reflux features rebuild`: %s", error)
-            self._features.mark_filled(topic, these)
+            self._features.mark_filled(topic, {partition: since}, incarnation)
             self._roll_up.write_all()
             if rows:
-                which = "the newest" if recent_only else "all"
-                where = (topic, sorted(these))
-                logger.warning("wrote %d rows, %s of %s %s, online again", rows, which, *where)
+                where = (topic, partition, since)
+                logger.warning("wrote %d rows of %s %d, from offset %d, online again", rows, *where)
             self.metrics.rebuilt.inc(rows)
 
     def _notice_lost_store(self) -> None:
-        """Go back to `_rebuild` where Redis has come back empty, or `reflux features rebuild`."""
+        """Go back to `_rebuild` where Redis has come back empty or old, or on `reflux features
+        rebuild`; else let the marks advance."""
         self._checked_s = time.monotonic()
         for topic in (EVENTS, ITEMS):
             mine = {p.partition: p for p in self._reading if p.topic == topic}
             if lost := self._features.unfilled(topic, mine):
                 self._release([mine[number] for number in lost])
+        if self._checked_s - self._marked_s >= MARK_EVERY_S:
+            self._marked_s = self._checked_s
+            for topic in (EVENTS, ITEMS):
+                safe = {p.partition: at for p, at in self._safe.items() if p.topic == topic}
+                self._features.advance_marks(topic, safe)
+            self._safe = {p: reading.first for p, reading in self._reading.items()}
 
     def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> bool:
         """Go on from log offset `start`; False where the partition has just been revoked."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.core.eventlog import Arrived, EventLog, events_table
 from services.core.events import Event, EventType
-from services.core.history import UserHistory, histories_as_of, merge
+from services.core.history import UserHistory, histories_as_of, joined, merge
 
 LIMIT = 8
 EVENTS = st.lists(
@@ -88,6 +88,18 @@ def test_as_of_is_what_merging_the_earlier_events_gives(
     assert plain(found[0]) == plain(earlier)
     assert found[1] == UserHistory(user_id="nobody")
     assert log.end() == {}
+
+
+@given(events=EVENTS, cut=st.integers(0, 40), again=st.integers(0, 3))
+def test_the_histories_of_two_parts_join_to_that_of_the_whole(
+    events: list[tuple[int, EventType, float | None]], cut: int, again: int
+) -> None:
+    arrived = arrivals(events)
+    older, newer = merged(arrived[:cut]), merged(arrived[max(0, cut - again) :])
+    # Twice in the log, and once in the whole; unless the window of a part has lost sight of it.
+    exact = older.n_events <= LIMIT and newer.n_events <= LIMIT
+    both, whole = plain(joined(older, newer, limit=LIMIT)), plain(merged(arrived))
+    assert both == whole if exact or not again else both.item_ids == whole.item_ids
 
 
 def test_a_retried_event_with_another_offset_counts_once() -> None:
