@@ -30,7 +30,10 @@ BOT_EVERY_MS: Final = 100
 
 @dataclass(frozen=True, kw_only=True)
 class LogChoice:
-    """Which log, in which order, how disturbed. Plain values: part of a row's key."""
+    """Which log, in which order, how disturbed. Plain values: part of a row's key.
+
+    `content`: of a log that is a file (`datasets.content_of`); empty for a named one.
+    """
 
     dataset: str
     home: Path
@@ -38,6 +41,7 @@ class LogChoice:
     ties: str
     noise: str
     seed: int
+    content: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -126,14 +126,7 @@ TRIALS: Final[dict[str, Callable[[Learner, Events, Given], None]]] = {
 
 def jobs(options: Options) -> list[Job]:
     """One job: the trials share what comes before them."""
-    log = LogChoice(
-        dataset=options.dataset,
-        home=options.home,
-        data=options.data,
-        ties=options.ties,
-        noise=options.noise,
-        seed=options.seed,
-    )
+    log = options.log(options.noise)
     given = Given(log=log, recipe=recipes.load(options.recipe))
     return [Job(name="gate", run=run, given=given, rows=tuple(TRIALS))]
 

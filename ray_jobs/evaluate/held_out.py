@@ -40,14 +40,7 @@ class Given:
 
 def jobs(options: Options, split: str) -> list[Job]:
     """A job for each row: the teacher, and what trends."""
-    log = LogChoice(
-        dataset=options.dataset,
-        home=options.home,
-        data=options.data,
-        ties=options.ties,
-        noise=options.noise,
-        seed=options.seed,
-    )
+    log = options.log(options.noise)
     given = Given(
         log=log,
         split=split,

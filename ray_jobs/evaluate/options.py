@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol as Interface
 
+from ray_jobs import datasets
+from ray_jobs.evaluate.events import LogChoice
 from ray_jobs.evaluate.results import Outcome
 from ray_jobs.evaluate.rows import Job
 
@@ -27,6 +29,17 @@ class Options:
     @property
     def dataset_name(self) -> str:
         return Path(self.dataset).stem
+
+    def log(self, noise: str) -> LogChoice:
+        return LogChoice(
+            dataset=self.dataset,
+            home=self.home,
+            data=self.data,
+            ties=self.ties,
+            noise=noise,
+            seed=self.seed,
+            content=datasets.content_of(self.dataset),
+        )
 
 
 class Protocol(Interface):

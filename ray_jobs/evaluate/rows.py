@@ -139,8 +139,17 @@ class _Board:
 
 def key_of(job: Job) -> str:
     """Changes with whatever the job is given."""
-    given = json.dumps(dataclasses.asdict(job.given), sort_keys=True, default=str)
-    return hashlib.sha256(f"{job.name} {given}".encode()).hexdigest()[:16]
+    return digest(f"{job.name} ", job.given)
+
+
+def digest(prefix: str, given: Any) -> str:
+    """Of all that a dataclass of plain values holds; an empty `content` says nothing."""
+
+    def known(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields if (name, value) != ("content", "")}
+
+    values = json.dumps(dataclasses.asdict(given, dict_factory=known), sort_keys=True, default=str)
+    return hashlib.sha256(f"{prefix}{values}".encode()).hexdigest()[:16]
 
 
 def peak_mb() -> float:

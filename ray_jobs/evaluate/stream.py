@@ -90,14 +90,7 @@ def jobs(options: Options) -> list[Job]:
     recipe = recipes.load(options.recipe)
     found: dict[str, Job] = {}
     for noise in _noises(options):
-        log = LogChoice(
-            dataset=options.dataset,
-            home=options.home,
-            data=options.data,
-            ties=options.ties,
-            noise=noise,
-            seed=options.seed,
-        )
+        log = options.log(noise)
         for row in rows:
             for job in _jobs_of(row, log, recipe, options.out / TEACHERS):
                 found.setdefault(job.name, job)

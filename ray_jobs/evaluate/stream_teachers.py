@@ -3,11 +3,10 @@
 Kept by what they depend on, so that every row and every ablation of one log shares them.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ray_jobs.evaluate.events import Events, LogChoice, load
 from ray_jobs.evaluate.held_out import Frozen, device_of
 from ray_jobs.evaluate.judging import STEP_EVENTS, Past, Scores, forward_ms, walk
 from ray_jobs.evaluate.results import Cost, Outcome
-from ray_jobs.evaluate.rows import Say, peak_mb
+from ray_jobs.evaluate.rows import Say, digest, peak_mb
 from ray_jobs.evaluate.students import CATALOG, load_teacher, save_teacher
 from ray_jobs.labels import aligned
 from ray_jobs.recipes import Recipe, TrainConfig
@@ -58,8 +57,7 @@ class Chain:
 
 def folder_of(depends: Any, home: Path) -> Path:
     """Under `home`, named by all that a dataclass of plain values holds besides it."""
-    values = json.dumps(asdict(replace(depends, home=Path())), sort_keys=True, default=str)
-    return home / hashlib.sha256(values.encode()).hexdigest()[:16]
+    return home / digest("", replace(depends, home=Path()))
 
 
 def fit_every(events: Events, fits: int) -> int:

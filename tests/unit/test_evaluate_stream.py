@@ -14,6 +14,7 @@ from ray_jobs.evaluate import baselines, stream
 from ray_jobs.evaluate.events import Events, LogChoice, load
 from ray_jobs.evaluate.judging import Past, Scores, walk
 from ray_jobs.evaluate.options import Options
+from ray_jobs.evaluate.rows import key_of
 from ray_jobs.evaluate.students import ArraySource, ArrayTeachers, distil, save_teacher
 from services.core.metrics import MISS
 from services.core.models.sizes import EncoderConfig
@@ -162,6 +163,22 @@ def test_a_row_waits_for_the_teachers_that_it_needs_and_baselines_for_nobody(
     assert not jobs["markov"].needs
     with pytest.raises(ValueError, match="choose of"):
         stream.jobs(dataclasses.replace(options, rows=("nobody",)))
+
+
+def test_a_file_that_took_another_ones_place_has_rows_and_teachers_of_its_own(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log.csv"
+    options = Options(dataset=str(log), recipe="smoke_cpu", seed=0, out=tmp_path, home=tmp_path)
+
+    def keys(content: str) -> set[str]:
+        log.write_text(content)
+        jobs = {job.name: job for job in stream.jobs(options)}
+        return {key_of(jobs["markov"]), jobs["teachers"].given.folder.name}
+
+    old = keys("old")
+    assert not old & keys("new")
+    assert keys("old") == old
 
 
 def small() -> recipes.Recipe:
