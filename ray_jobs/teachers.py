@@ -79,6 +79,7 @@ class Teachers:
         self._catalog: tuple[list[str], NDArray[np.int32]] = ([], np.zeros((1, 0), np.int32))
         self._wanted: int | None = None
         self._looked_s = -LOOK_EVERY_S
+        self._late_s = 0.0  # when to warn that the wanted one still loads
         self.version: int | None = None
         self.first = first
         self.offsets: Mapping[int, int] = {}
@@ -91,13 +92,13 @@ class Teachers:
 
     def start(self, *, wait: bool) -> None:
         """Take up the teacher that is promoted now, if there is one; `wait` until it is ready."""
+        self.look()
         if self.first is not None and self._config.stale_teacher:
             try:
                 self._registry.manifest("teacher", self.first)
                 self._load(self.first)
             except RegistryError as error:
                 logger.warning("the first teacher is gone, its row ends here: %s", error)
-        self.look()
         if wait and self._wanted is not None:
             self._running[self._wanted].wait(READY_TIMEOUT_S)
         self.look()
@@ -107,7 +108,10 @@ class Teachers:
         workers, so that they learn from the same one. One that fails for any is left alone."""
         promoted = self._peers.gather(self._newly_promoted())[0]
         if promoted is not None:
+            if self._wanted not in (self.version, self.first):
+                self._running.pop(self._wanted or 0, None)  # overtaken while it loaded
             self._wanted = promoted
+            self._late_s = time.monotonic() + READY_TIMEOUT_S
             self._load(promoted)
         if self._wanted is None or self._wanted == self.version:
             return
@@ -118,6 +122,7 @@ class Teachers:
             self._running.pop(self._wanted, None)
             self._wanted = self.version
         if not all(able for able, _ in told):
+            self._warn_if_late()
             return
         gone, self.version = self.version, self._wanted
         assert self.version is not None
@@ -127,9 +132,18 @@ class Teachers:
             self._running.pop(gone, None)  # the actor ends with its last reference
         logger.info("teacher %d labels from now on", self.version)
 
+    def _warn_if_late(self) -> None:
+        if self._wanted != self.version and time.monotonic() > self._late_s:
+            self._late_s = time.monotonic() + READY_TIMEOUT_S
+            logger.warning(
+                "teacher %s has been loading for %.0f s or more: has the cluster the CPUs, or "
+                "GPUs, that its labellers wait for?",
+                *(self._wanted, READY_TIMEOUT_S),
+            )
+
     def _newly_promoted(self) -> int | None:
         """What worker 0 finds; the others take its word."""
-        if self._wanted != self.version or time.monotonic() - self._looked_s <= LOOK_EVERY_S:
+        if time.monotonic() - self._looked_s <= LOOK_EVERY_S:
             return None
         self._looked_s = time.monotonic()
         try:
@@ -139,7 +153,7 @@ class Teachers:
         except (RegistryError, OSError) as error:  # who labels goes on
             logger.warning("no look for another teacher: %s", error)
             return None
-        return None if promoted in self._failed or promoted == self.version else promoted
+        return None if promoted in self._failed or promoted == self._wanted else promoted
 
     def items(self) -> Items | None:
         """The current teacher's view of the items; None where there is no teacher."""

@@ -17,6 +17,7 @@ import ray
 import torch
 
 from ray_jobs import own_ray, recipes, train_teacher
+from ray_jobs import teachers as teachers_module
 from ray_jobs.recipes import Recipe
 from ray_jobs.teachers import Asked, Teachers
 from services.core.eventlog import SCHEMAS, EventLog
@@ -148,6 +149,28 @@ def test_labels_that_fail_are_no_labels(recipe: Recipe, tmp_path: Path) -> None:
 
     teachers = Teachers(str(tmp_path), config=recipe.distill, width=recipe.student.teacher_dim)
     assert teachers.answer(Asked(teacher=[label.remote()], version=1)) == (None, None)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_teacher_that_finds_no_room_is_told_of_and_overtaken(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(teachers_module, "LOOK_EVERY_S", -1.0)  # at every look
+    monkeypatch.setattr(teachers_module, "READY_TIMEOUT_S", 0.0)
+    registry = Registry(str(tmp_path / "registry"))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "weights").touch()
+    config = replace(recipe.distill, label_cpus=1_000)
+    teachers = Teachers(registry.uri, config=config, width=recipe.student.teacher_dim)
+    for version in (1, 2):
+        assert registry.publish("teacher", tmp_path / "files", {"offsets": {}}) == version
+        registry.promote("teacher", version, "it will do")
+        teachers.look()
+        assert f"teacher {version} has been loading" in caplog.text
+    assert teachers.version is None
 
 
 @pytest.mark.usefixtures("local_ray")
