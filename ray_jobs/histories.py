@@ -17,7 +17,7 @@ NO_EVENTS: npt.NDArray[np.void] = np.zeros(0, EVENT)
 EventRows = npt.NDArray[np.void]
 
 SAMPLE_CAP = 256  # events beyond which a user is not drawn more often
-SAMPLE_TRIES = 32  # draws before making do with nobody
+SAMPLE_TRIES = 512  # draws before making do with nobody: one in 20,000 where each has 5 events
 
 
 @dataclass(slots=True)

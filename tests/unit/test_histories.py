@@ -133,6 +133,13 @@ def test_replay_draws_old_windows_repeatably_and_leaves_users_out(ordered: bool)
     assert not {"u0", "u1"} & {user for user, _ in drawn()}
 
 
+def test_users_with_few_events_are_drawn_too() -> None:
+    histories = Histories(keep=100)
+    for user in range(50):
+        histories.put(f"u{user}", events(range(5)), partition=0)
+    assert all(histories.sample(np.random.default_rng(seed), partition=0) for seed in range(100))
+
+
 def test_one_pass_brings_every_event_once_the_latest_first_choice() -> None:
     histories = Histories(keep=300)
     histories.put("old", events(range(1, 8), range(7)), partition=0)
