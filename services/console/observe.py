@@ -177,7 +177,8 @@ class Observer:
 
 
 def ratios(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Retention and transferability over the whole stream, by NDCG@10."""
+    """Retention and transferability over the whole stream, by NDCG@10, each ranker's over the
+    events that it was asked about (see `Prequential`)."""
     student, teacher, hard = (
         metrics.get(f"stream.{model}.ndcg@10") for model in ("student", "teacher", "hard_student")
     )

@@ -51,7 +51,8 @@ class Prequential:
     """Running quality of several named rankers over a stream: since the last version ("window")
     and since the start ("stream").
 
-    Every ranker is scored on the same events, each predicted before it was learned.
+    Each event is predicted before it is learned. A mean is over the events that its ranker was
+    asked about: the student's over all, a teacher's over those that came while it could answer.
 
     >>> quality = Prequential(k=10)
     >>> quality.add({"student": np.array([1, 40]), "popularity": np.array([3, MISS])})
