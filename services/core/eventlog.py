@@ -25,10 +25,11 @@ import pyarrow.compute as pc
 from services.core.errors import DamagedFileError
 from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.forgetting import Forgotten, Tombstone, Tombstones
-from services.core.spans import Span, SpanFiles, settle
+from services.core.spans import MERGED_OFFSETS, Span, SpanFiles, settle
 
 EPOCH_SPAN: Final = 10**12  # offsets one incarnation of a topic may use
 PORTION_RECORDS: Final = 1_000_000  # held at a time by who reads a long log: some 300 MB
+ITEMS_RECORDS: Final = 50_000  # the same of items, and in one of their files: texts may be long
 
 _TIME = pa.timestamp("us", tz="UTC")
 _WHERE = [("arrival", _TIME), ("partition", pa.int32()), ("offset", pa.int64())]
@@ -136,7 +137,10 @@ class EventLog:
             raise ValueError(f"topic={topic!r}: the log holds {' and '.join(SCHEMAS)}")
         self.topic = topic
         self.schema: pa.Schema = SCHEMAS[topic]
-        self._files = SpanFiles(root, topic, prefix=topic, schema=self.schema)
+        merged = MERGED_OFFSETS if topic == EVENTS else ITEMS_RECORDS
+        self._files = SpanFiles(
+            root, topic, prefix=topic, schema=self.schema, merged_offsets=merged
+        )
         self._key = "event_id" if topic == EVENTS else None
         self._tombstones = Tombstones(root) if topic == EVENTS else None
 

@@ -10,7 +10,14 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from services.core.errors import UnavailableError
-from services.core.eventlog import PORTION_RECORDS, EventLog, Portion, epoch_of, kafka_offset
+from services.core.eventlog import (
+    ITEMS_RECORDS,
+    PORTION_RECORDS,
+    EventLog,
+    Portion,
+    epoch_of,
+    kafka_offset,
+)
 from services.core.events import EVENTS, ITEMS, MAX_TIMESTAMP_MS, Item
 from services.core.features import FeatureStore
 from services.core.history import histories_as_of, joined
@@ -23,8 +30,7 @@ EVENT_COLUMNS: Final = [
 ]
 ITEM_FIELDS: Final = ["item_id", "title", "categories", "text"]
 ROWS_AT_ONCE: Final = 1_000  # users, of up to thousands of events each; items, of long texts
-EVENTS_READ: Final = PORTION_RECORDS  # at a time
-ITEMS_READ: Final = 50_000
+EVENTS_READ: Final = PORTION_RECORDS
 
 
 def rebuild(
@@ -104,7 +110,7 @@ def _rebuild_items(
     features: FeatureStore, log: EventLog, partition: int, since: int, until: int
 ) -> int:
     written: set[str] = set()
-    for part in reversed(_portions(log, partition, since, until, records=ITEMS_READ)):
+    for part in reversed(_portions(log, partition, since, until, records=ITEMS_RECORDS)):
         items = _read(log, part, partition, [*ITEM_FIELDS, "partition", "offset"])
         items = items.sort_by("offset")  # the last to arrive, as online
         ids = enumerate(items["item_id"].to_pylist())

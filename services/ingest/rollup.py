@@ -5,13 +5,14 @@ Windows end at the log's newest event, not at the clock: a replayed log has its 
 
 import logging
 import time
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.eventlog import EventLog
+from services.core.eventlog import ITEMS_RECORDS, EventLog
 from services.core.events import EVENTS, ITEMS
 from services.core.features import FeatureStore
 from services.core.history import INTERACTIONS, ItemStats, Popularity
@@ -28,9 +29,19 @@ WINDOWS_H: Final = {
 WINDOWS: Final = (*WINDOWS_H, "n_events")
 COUNTS: Final = pa.schema([("item_id", pa.string()), ("hour", pa.int32()), ("n", pa.int64())])
 HOUR_US: Final = 3600 * 1_000_000
-ROWS_MERGED: Final = 50_000  # a row may hold an item's text
+METADATA: Final = ["item_id", "title", "categories", "text", "timestamp"]
+ROWS_AT_ONCE: Final = 1_000  # as Python's objects
 
 logger = logging.getLogger(__name__)
+
+
+class Metadata(NamedTuple):
+    """What an item's sender has said of it."""
+
+    title: str | None = None
+    categories: tuple[str, ...] = ()
+    text: str | None = None
+    timestamp_us: int = 0
 
 
 def counted(counts: pa.Table, events: pa.Table) -> pa.Table:
@@ -75,19 +86,18 @@ def popularity(counts: pa.Table) -> list[Popularity]:
     ]
 
 
-def statistics(counts: pa.Table, items: pa.Table) -> dict[str, ItemStats]:
-    """All that is known of each item; of its metadata the latest by (timestamp, offset)."""
+def statistics(counts: pa.Table, metadata: Mapping[str, Metadata]) -> dict[str, ItemStats]:
+    """All that is known of each item."""
     known = {row.item_id: row for row in popularity(counts)}
-    metadata = {row["item_id"]: row for row in items.to_pylist()}
     found = {}
     for item_id in known.keys() | metadata.keys():
-        given = metadata.get(item_id, {})
+        given = metadata.get(item_id, Metadata())
         count = known.get(item_id)
         found[item_id] = ItemStats(
             item_id=item_id,
-            title=given.get("title"),
-            categories=tuple(given.get("categories") or ()),
-            text=given.get("text"),
+            title=given.title,
+            categories=given.categories,
+            text=given.text,
             **({} if count is None else {name: getattr(count, name) for name in WINDOWS}),
         )
     return found
@@ -106,13 +116,14 @@ class RollUp:
             "item_stats",
             prefix="rollup",
             schema=offline.ITEM_STATS,
-            merged_offsets=ROWS_MERGED,
+            merged_offsets=ITEMS_RECORDS,
         )
         # Of the log so far: reading the whole of it again at every pass took 2 s of every 30 at
         # half a million events, and features waited for it.
         self._counts = COUNTS.empty_table()
         self._newest_ms: int | None = None  # when the newest interaction happened
         self._counted: dict[int, int] = {}
+        self._metadata: dict[str, Metadata] = {}  # the latest by (timestamp, offset)
         self._end: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._written: dict[str, ItemStats] = {}
         self._lost = False
@@ -130,8 +141,8 @@ class RollUp:
             return
         started = time.monotonic()
         self._count(until=end[0])
-        items = self._items.read(until=end[1], columns=["item_id", "title", "categories", "text"])
-        stats = statistics(self._counts, items)
+        self._learn(since=self._end[1], until=end[1])
+        stats = statistics(self._counts, self._metadata)
         changed = [row for row in stats.values() if row != self._written.get(row.item_id)]
         if changed:
             self._write(changed)
@@ -161,6 +172,19 @@ class RollUp:
                 last_ms = pc.max(news["timestamp"]).cast(pa.timestamp("ms", tz="UTC")).value
                 newest_ms = max(last_ms, newest_ms or last_ms)
         self._counts, self._newest_ms, self._counted = counts, newest_ms, until
+
+    def _learn(self, *, since: dict[int, int], until: dict[int, int]) -> None:
+        """Take in metadata; the same again changes nothing."""
+        for part in self._items.portions(since=since, until=until, records=ITEMS_RECORDS):
+            news = self._items.read(since=part.since, until=part.until, columns=METADATA)
+            news = news.append_column("timestamp_us", news["timestamp"].cast(pa.int64()))
+            for batch in news.drop_columns("timestamp").to_batches(max_chunksize=ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    item_id = row.pop("item_id")
+                    known = self._metadata.get(item_id)
+                    if known is None or known.timestamp_us <= row["timestamp_us"]:
+                        row["categories"] = tuple(row["categories"] or ())
+                        self._metadata[item_id] = Metadata(**row)
 
     def _write(self, changed: list[ItemStats]) -> None:
         self._features.write_popularity(

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import UnavailableError
-from services.core.eventlog import Arrived, EventLog, events_table
-from services.core.events import Event, EventType
+from services.core.eventlog import Arrived, EventLog, events_table, items_table
+from services.core.events import ITEMS, Event, EventType, Item
 from services.core.history import Popularity
 from services.core.settings import Settings
 from services.ingest.rollup import COUNTS, HOUR_US, WINDOWS_H, RollUp, counted, popularity
@@ -91,3 +91,15 @@ def test_a_pass_that_fails_counts_nothing_twice_and_many_passes_leave_few_files(
     assert len(files) < 20
     told = {n for file in files for n in pq.read_table(file)["n_events"].to_pylist()}
     assert told == set(range(1, 41)) - {21}
+
+
+def test_an_items_metadata_is_the_latest_however_it_arrives(settings: Settings) -> None:
+    log, roll_up = EventLog(settings.offline, ITEMS), RollUp(settings, cast(Any, Online()))
+    versions = [("first", 10), ("newer", 20), ("late", 15), ("of the same time", 20)]
+    for offset, (title, at_ms) in enumerate(versions):
+        item = Item(item_id="a", title=title, timestamp=at_ms)
+        log.append(items_table([Arrived(record=item, arrival_ms=0, partition=0, offset=offset)]))
+        roll_up.run()
+    files = sorted(Path(settings.offline, "item_stats").glob("*.parquet"))
+    told = [title for file in files for title in pq.read_table(file)["title"].to_pylist()]
+    assert told == ["first", "newer", "of the same time"]
