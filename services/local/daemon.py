@@ -23,19 +23,21 @@ def start(settings: Settings, *, report: Report) -> dict[str, Any]:
     settings.logs.mkdir(parents=True, exist_ok=True)
     log = settings.logs / "supervisor.log"
     told = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as out:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-m", "services.local"],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+    supervisor = None
     try:
+        with log.open("ab") as out, processes.held_back():
+            supervisor = subprocess.Popen(
+                [sys.executable, "-m", "services.local"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         return _wait_ready(settings, supervisor, log=log, told=told, report=report)
     except BaseException:  # Ctrl-C, too: before there is a stack.json, nobody else knows of it
-        with processes.undisturbed():
-            processes.stop_tree(supervisor.pid, grace_s=SUPERVISOR_GRACE_S)
+        if supervisor is not None:
+            with processes.undisturbed():
+                processes.stop_tree(supervisor.pid, grace_s=SUPERVISOR_GRACE_S)
         raise
 
 

@@ -134,6 +134,23 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let those signals wait for the end of it: one amid a start would leave what it started."""
+    told: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.getsignal(number) for number in ENDINGS}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda *signalled: told.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for signalled, frame in told[:1]:
+            ours[signal.Signals(signalled)](signalled, frame)
+
+
 def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:
     """Begin each log anew that has grown too long; the one before stays beside it, as `.log.1`.
 
