@@ -164,9 +164,14 @@ class RollUp:
         counts, newest_ms = self._counts, self._newest_ms
         for part in self._events.portions(since=self._counted, until=until):
             news = self._events.read(
-                since=part.since, until=part.until, columns=["item_id", "type", "timestamp"]
+                since=part.since,
+                until=part.until,
+                columns=["item_id", "type", "timestamp", "partition"],
             )
-            news = news.filter(pc.is_in(news["type"], value_set=pa.array(INTERACTIONS)))
+            # A partition whose first file is newer than `until` would be counted again next time.
+            ours = pc.is_in(news["partition"], value_set=pa.array(list(until), pa.int32()))
+            counts_as_one = pc.is_in(news["type"], value_set=pa.array(INTERACTIONS))
+            news = news.filter(pc.and_(ours, counts_as_one))
             if len(news):
                 counts = counted(counts, news)
                 last_ms = pc.max(news["timestamp"]).cast(pa.timestamp("ms", tz="UTC")).value

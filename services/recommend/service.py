@@ -53,7 +53,11 @@ class Recommender:
             exact_items=settings.exact_items,
             shared=settings.home.absolute() / "served" if several else None,
         )
-        self._trial = LiveTrial(Registry(settings.registry), poll_s=settings.serving_poll_s)
+        self._trial = LiveTrial(
+            Registry(settings.registry),
+            poll_s=settings.serving_poll_s,
+            exact_items=settings.exact_items,
+        )
         self._impressions = Impressions(Publisher(settings), self.telemetry)
         self._shown = ShownItems(self.telemetry)
         self._histories: Histories | None = None

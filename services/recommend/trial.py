@@ -28,9 +28,10 @@ class LiveTrial:
     Whatever goes wrong, `running` is None and all answers come from what serves.
     """
 
-    def __init__(self, registry: Registry, *, poll_s: float) -> None:
+    def __init__(self, registry: Registry, *, poll_s: float, exact_items: int) -> None:
         self.running: Running | None = None
         self._registry = registry
+        self._exact_items = exact_items
         self._complaint = ""
         polling = Polling(self.look, poll_s=poll_s, name="live-trial")
         self.start, self.stop = polling.start, polling.stop
@@ -57,6 +58,7 @@ class LiveTrial:
 
     def _load(self, version: int) -> Model:
         with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
-            model = load(self._registry.fetch("student", version, Path(aside)))
+            directory = self._registry.fetch("student", version, Path(aside))
+            model = load(directory, exact_items=self._exact_items)
         warm_up(model)
         return model
