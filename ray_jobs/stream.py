@@ -269,14 +269,13 @@ class EventStream:
         """The next events of a file of the log; after the last, the position is Kafka's begin."""
         if self._rest is None:
             begin = self._begins[partition]
-            elsewhere = dict.fromkeys(self._log.end(), 0)
             files = self._log.portions(
-                since={partition: at}, until={**elsewhere, partition: begin}, records=1
+                since={partition: at}, until={partition: begin}, partition=partition, records=1
             )
             first = files[0].since[partition] if files else begin
             if first > at:
                 return self._skip(partition, at, first)
-            rows = self._log.read(since=files[0].since, until=files[0].until, columns=COLUMNS)
+            rows = self._log.read_portion(files[0], columns=COLUMNS)
             self._rest = rows.sort_by("offset"), files[0].until[partition]
         rows, until = self._rest
         head, rest = rows.slice(0, max_events), rows.slice(max_events)

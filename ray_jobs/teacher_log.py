@@ -173,7 +173,7 @@ def read(
     portion: Portion, offline: str, learned_until: Mapping[int, int], n_shards: int
 ) -> tuple[Any, ...]:
     """What is told of a portion, and its events for each shard, in the order of time."""
-    table = EventLog(offline).read(since=portion.since, until=portion.until, columns=COLUMNS)
+    table = EventLog(offline).read_portion(portion, columns=COLUMNS)
     wanted = pc.is_in(table["type"], pa.array(INTERACTIONS))
     table = table.filter(wanted).combine_chunks()
     users, items = (

@@ -44,7 +44,7 @@ def first_state(settings: Settings, recipe: Recipe, peers: Peers) -> State:
     )[0]
     state = remembering(
         (
-            Received.of_log(events.read(since=part.since, until=part.until, columns=COLUMNS))
+            Received.of_log(events.read_portion(part, columns=COLUMNS))
             for part in events.portions(until=end)
         ),
         items.read(until=items_until),

@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -84,13 +84,20 @@ class SpanFiles:
         return sorted(spans, key=lambda span: (span.partition, span.first, -span.last))
 
     def read(
-        self, columns: Sequence[str], *, since: Mapping[int, int], until: Mapping[int, int]
+        self,
+        columns: Sequence[str],
+        *,
+        since: Mapping[int, int],
+        until: Mapping[int, int],
+        partitions: Collection[int] | None = None,
     ) -> pa.Table:
-        """Rows with `since[p] <= offset < until[p]` (missing: no bound), by partition and span."""
+        """Rows with `since[p] <= offset < until[p]` (missing: no bound), by partition and span, of
+        these partitions (None: of all)."""
         for attempt in range(READ_ATTEMPTS):
             pieces = [
                 piece
                 for number, spans in groupby(self.spans(), key=lambda span: span.partition)
+                if partitions is None or number in partitions
                 for piece in _cover(spans, since=since.get(number, 0), until=until.get(number))
             ]
             try:

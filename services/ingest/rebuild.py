@@ -1,6 +1,5 @@
 """The online store from the offline log, for one that has lost what it had."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -26,7 +25,7 @@ from services.core.settings import Settings
 from services.ingest.reading import sort_out
 
 EVENT_COLUMNS: Final = [
-    *("event_id", "user_id", "item_id", "type", "timestamp", "value", "arrival", "partition"),
+    *("event_id", "user_id", "item_id", "type", "timestamp", "value", "arrival"),
 ]
 ITEM_FIELDS: Final = ["item_id", "title", "categories", "text"]
 ROWS_AT_ONCE: Final = 1_000  # users, of up to thousands of events each; items, of long texts
@@ -80,13 +79,13 @@ def _rebuild_users(
     features: FeatureStore, log: EventLog, partition: int, since: int, until: int, *, limit: int
 ) -> int:
     news = [
-        pc.unique(_read(log, part, partition, ["user_id", "partition"])["user_id"])
+        pc.unique(log.read_portion(part, columns=["user_id"])["user_id"])
         for part in _portions(log, partition, since, until, records=EVENTS_READ)
     ]
     users = pc.unique(pa.chunked_array(news, pa.string()))
     written: set[str] = set()
     for part in reversed(_portions(log, partition, 0, until, records=EVENTS_READ)):
-        events = _read(log, part, partition, EVENT_COLUMNS)
+        events = log.read_portion(part, columns=EVENT_COLUMNS)
         events = events.filter(pc.is_in(events["user_id"], value_set=users))
         user_ids = pc.unique(events["user_id"]).to_pylist()
         for begin in range(0, len(user_ids), ROWS_AT_ONCE):
@@ -111,7 +110,7 @@ def _rebuild_items(
 ) -> int:
     written: set[str] = set()
     for part in reversed(_portions(log, partition, since, until, records=ITEMS_RECORDS)):
-        items = _read(log, part, partition, [*ITEM_FIELDS, "partition", "offset"])
+        items = log.read_portion(part, columns=[*ITEM_FIELDS, "offset"])
         items = items.sort_by("offset")  # the last to arrive, as online
         ids = enumerate(items["item_id"].to_pylist())
         last = {item_id: row for row, item_id in ids if item_id not in written}
@@ -128,12 +127,6 @@ def _rebuild_items(
 def _portions(
     log: EventLog, partition: int, since: int, until: int, *, records: int
 ) -> list[Portion]:
-    """Of this partition alone."""
-    ends = dict.fromkeys(log.end(), 0) | {partition: until}
-    return log.portions(since={partition: since}, until=ends, records=records)
-
-
-def _read(log: EventLog, part: Portion, partition: int, columns: Sequence[str]) -> pa.Table:
-    """Without what another partition has written first just now."""
-    rows = log.read(since=part.since, until=part.until, columns=columns)
-    return rows.filter(pc.equal(rows["partition"], pa.scalar(partition, pa.int32())))
+    return log.portions(
+        since={partition: since}, until={partition: until}, partition=partition, records=records
+    )

@@ -163,15 +163,8 @@ class RollUp:
         """Count what the log holds before `until`; only what is new is read."""
         counts, newest_ms = self._counts, self._newest_ms
         for part in self._events.portions(since=self._counted, until=until):
-            news = self._events.read(
-                since=part.since,
-                until=part.until,
-                columns=["item_id", "type", "timestamp", "partition"],
-            )
-            # A partition whose first file is newer than `until` would be counted again next time.
-            ours = pc.is_in(news["partition"], value_set=pa.array(list(until), pa.int32()))
-            counts_as_one = pc.is_in(news["type"], value_set=pa.array(INTERACTIONS))
-            news = news.filter(pc.and_(ours, counts_as_one))
+            news = self._events.read_portion(part, columns=["item_id", "type", "timestamp"])
+            news = news.filter(pc.is_in(news["type"], value_set=pa.array(INTERACTIONS)))
             if len(news):
                 counts = counted(counts, news)
                 last_ms = pc.max(news["timestamp"]).cast(pa.timestamp("ms", tz="UTC")).value
@@ -181,7 +174,7 @@ class RollUp:
     def _learn(self, *, since: dict[int, int], until: dict[int, int]) -> None:
         """Take in metadata; the same again changes nothing."""
         for part in self._items.portions(since=since, until=until, records=ITEMS_RECORDS):
-            news = self._items.read(since=part.since, until=part.until, columns=METADATA)
+            news = self._items.read_portion(part, columns=METADATA)
             news = news.append_column("timestamp_us", news["timestamp"].cast(pa.int64()))
             for batch in news.drop_columns("timestamp").to_batches(max_chunksize=ROWS_AT_ONCE):
                 for row in batch.to_pylist():

@@ -95,6 +95,18 @@ def test_replayed_and_overlapping_spans_read_as_if_written_once(
         assert log.end() == ends
 
 
+def test_a_portion_is_of_its_partitions_alone(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path))
+    append(log, 0, 0, 9)
+    append(log, 1, 0, 9)
+    [whole] = log.portions(until=log.end())
+    [one] = log.portions(until={1: 5}, partition=1)
+    append(log, 0, 10, 19)
+    append(log, 2, 0, 9)  # it has begun since
+    assert keys(log.read_portion(whole)) == expected({0: 10, 1: 10})
+    assert keys(log.read_portion(one)) == [key for key in expected({1: 5}) if key[0] == 1]
+
+
 def test_records_between_positions_of_two_topics_are_those_of_the_new_one() -> None:
     assert records_between({0: 5, 1: 7}, {0: 9, 1: 7, 2: 30}) == 4
     assert records_between({0: 5}, {0: EPOCH_SPAN + 3}) == 3
