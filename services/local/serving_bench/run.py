@@ -27,6 +27,7 @@ from services.local.serving_bench.generator import SHED, Measured
 from services.local.serving_bench.subjects import ENDPOINT, ENGINE, NOOP, ON_RAY, Subject
 from services.local.stack import Stack
 from services.local.waiting import alongside
+from services.recommend.deploy import taken_at_once
 
 CLOSED: Final = "closed"
 OPEN: Final = "open"
@@ -37,7 +38,6 @@ ONE: Final = "one at a time"
 WARM_UP_S: Final = 2.0
 CONNECTIONS: Final = {ONE: 1, CLOSED: 16, OPEN: 64}  # an open loop must not run out of them
 ANSWERS: Final = 10
-MAX_ONGOING: Final = 16  # at work in one replica, deploy/serve.yaml says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class Bench:
         connections = CONNECTIONS[OPEN if rate else phase if phase in CONNECTIONS else CLOSED]
         if phase == FLOOD:  # as many again as may be at work and in the queues
             replicas = max(settings.replicas, settings.max_replicas)
-            connections = 2 * replicas * (MAX_ONGOING + settings.answer_queue)
+            connections = 2 * replicas * taken_at_once(settings)
         seconds = self._wanted.open_s if rate else self._wanted.seconds
         measured = self._load(
             settings, subject.url, seconds=seconds, rate=rate, connections=connections
