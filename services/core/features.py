@@ -185,17 +185,14 @@ class FeatureStore:
             raise self._unavailable(error) from None
         return {p: offset for p, (offset, of) in marks.items() if of != incarnation}
 
-    def mark_filled(self, topic: str, offsets: Mapping[int, int], incarnation: bytes) -> None:
+    def mark_filled(
+        self, topic: str, offsets: Mapping[int, int], incarnation: bytes | None = None
+    ) -> None:
         """Say that this incarnation has all that the log has of these partitions, and that what
-        comes before these offsets will survive it; nothing where it has ended meanwhile."""
-        self._set_marks(topic, offsets, incarnation)
+        comes before these offsets will survive it; nothing where it has ended meanwhile.
 
-    def advance_marks(self, topic: str, offsets: Mapping[int, int]) -> None:
-        """Say that what comes before these offsets will survive, too, where nothing is missing."""
-        self._set_marks(topic, offsets, None)
-
-    def _set_marks(self, topic: str, offsets: Mapping[int, int], incarnation: bytes | None) -> None:
-        """None: the one that a mark names."""
+        None: whichever a partition's mark names.
+        """
 
         def change(pipe: Any, key: str, offset: int) -> None:
             # A restart from now on breaks the connection, and with it the transaction: what a

@@ -279,7 +279,7 @@ class Worker(ConsumerRebalanceListener):
             self._marked_s = self._checked_s
             for topic in (EVENTS, ITEMS):
                 safe = {p.partition: at for p, at in self._safe.items() if p.topic == topic}
-                self._features.advance_marks(topic, safe)
+                self._features.mark_filled(topic, safe)
             self._safe = {p: reading.first for p, reading in self._reading.items()}
 
     def _seek(self, consumer: KafkaConsumer, partition: TopicPartition, start: int) -> bool:
