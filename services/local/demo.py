@@ -67,7 +67,6 @@ class Demo:
     ) -> None:
         """`probe_every_s`: also see how soon an event shows in an answer, as often; 0: no."""
         self._given = settings
-        self._data_home = settings.home
         self._probe_every_s = probe_every_s
         self._settings = demo_of(settings)
         self._dataset = dataset
@@ -102,7 +101,7 @@ class Demo:
 
     def _load(self) -> InteractionLog:
         with self._console.status(f"loading {self._dataset}"):
-            log = load(self._dataset, home=self._data_home, data=self._settings.data)
+            log = load(self._dataset, home=self._given.home, data=self._settings.data)
             log = shuffle_ties(log, self._settings.seed)
         self._console.log(
             f"{self._dataset}: {log.events.num_rows:,} events, {log.items.num_rows:,} items"

@@ -138,17 +138,16 @@ def undisturbed() -> Iterator[None]:
 def held_back() -> Iterator[None]:
     """Let those signals wait for the end of it: one amid a start would leave what it started."""
     told: list[tuple[int, FrameType | None]] = []
-    handlers = {number: signal.getsignal(number) for number in ENDINGS}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
+    handlers = {n: handler for n in ENDINGS if callable(handler := signal.getsignal(n))}
+    for number in handlers:
         signal.signal(number, lambda *signalled: told.append(signalled))
     try:
         yield
     finally:
-        for number, handler in ours.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         for signalled, frame in told[:1]:
-            ours[signal.Signals(signalled)](signalled, frame)
+            handlers[signal.Signals(signalled)](signalled, frame)
 
 
 def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:
