@@ -6,6 +6,7 @@ all its descendants, wherever they have moved in the process tree.
 
 import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +28,9 @@ LOOPBACK = "127.0.0.1"
 # For the head of a Ray of several nodes: by default it takes a silent one for dead after 65 s, with
 # these after 24 s, and what its peers wait for goes on elsewhere. deploy/ has the same.
 LOST_NODE = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
+# Each is given once: of twenty random ones two would be the same now and then. Higher ones are what
+# systems give connections and Ray gives itself, lower ones are for Ray's workers.
+_PORTS = iter(random.SystemRandom().sample(range(20_000, 32_768), 12_768))
 LOG_BYTES = 32 * 2**20
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a closed terminal
 
@@ -177,16 +181,24 @@ def one_at_a_time(report: Callable[[str], None]) -> Iterator[None]:
 
 
 def free_port(wanted: int = 0) -> int:
-    """`wanted` if nobody listens there (0: any free port)."""
+    """`wanted` if nobody listens there; 0: any free port, another one each time."""
+    if not wanted:
+        port = next(port for port in _PORTS if _is_free(port))
+    elif not _is_free(port := wanted):
+        raise UnavailableError(
+            f"port {wanted} is taken; free it or set another one (0: any free port)"
+        )
+    return port
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, wanted))
+            probe.bind((LOOPBACK, port))
         except OSError:
-            raise UnavailableError(
-                f"port {wanted} is taken; free it or set another one (0: any free port)"
-            ) from None
-        return int(probe.getsockname()[1])
+            return False
+    return True
 
 
 def listens(port: int, host: str = LOOPBACK) -> bool:

@@ -20,9 +20,14 @@ from services.core.settings import Settings
 from services.core.stackfile import identify, is_alive, read_stack
 from services.local import stack as stack_module
 from services.local.demo import Demo
-from services.local.processes import Command, Process, one_at_a_time, rotate_logs
+from services.local.processes import Command, Process, free_port, one_at_a_time, rotate_logs
 from services.local.stack import Stack
 from services.local.status import demo_beside
+
+
+def test_no_port_is_given_twice() -> None:
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == len(ports)
 
 
 def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path) -> None:
