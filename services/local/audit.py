@@ -83,11 +83,14 @@ def answered(
     counted = [one for one in asked if not any(a <= one.at_s <= b for a, b in excused)]
     failed = [one for one in counted if not one.good(deadline_s)]
     statuses = dict(sorted(Counter(one.status for one in failed).items()))
+    others = f"others by status (0: none came) {statuses}"
+    if failed:
+        others += f", from {failed[0].at_s - asked[0].at_s:.0f} s on"
     reached = 1 - len(failed) / len(counted) if counted else 0.0
     return Promise(
         name=f"{share:.1%} of the requests answered within {deadline_s:g} s",
         kept=reached >= share,
-        found=f"{reached:.3%} of {len(counted):,}; others by status (0: none came) {statuses}",
+        found=f"{reached:.3%} of {len(counted):,}; {others}",
     )
 
 
