@@ -4,19 +4,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import ray
 import ray.train
-from ray import PlacementGroupID
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
 
 from ray_jobs.rendezvous import RendezvousConfig
 
@@ -35,9 +28,9 @@ class Trainer(DataParallelTrainer):
 
     Those take 200 MB each, and a worker that starts beside them is seconds later on two cores. One
     deals out Ray Data sets; ours come in other ways. The other, which outlives the run, frees the
-    workers' place when the run's controller dies and its job does not: `free_places` does. (It
-    also asks the Ray that the environment names whether the controller lives, which on a machine
-    with several may be another one, and ends a training in good health.)
+    workers' place when the run's controller dies and its job does not: ours do. (It also asks the
+    Ray that the environment names whether the controller lives, which on a machine with several
+    may be another one, and ends a training in good health.)
     """
 
     def __init__(
@@ -61,11 +54,3 @@ class Trainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         without = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, without)]
-
-
-def free_places() -> None:
-    """Give back what this job's runs whose controller has died still hold of the cluster."""
-    job_id = ray.get_runtime_context().get_job_id()
-    for group_id, group in placement_group_table().items():
-        if group_id.endswith(job_id) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))

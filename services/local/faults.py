@@ -251,11 +251,7 @@ VICTIMS: Final = (
     Victim(name="gateway", has=("services.ingest.gateway",), concerns=("features",)),
     Victim(name="feature worker", has=("services.ingest.worker",), concerns=("features", "log")),
     Victim(name="redis", has=("redis-server",), concerns=("features", "answers")),
-    Victim(
-        name="distillation driver",
-        has=("ray_jobs.distill_student", "python"),
-        concerns=("student",),
-    ),
+    Victim(name="distillation driver", has=("ray_jobs.distill_driver",), concerns=("student",)),
     Victim(name="distillation controller", has=("ray::TrainController",), concerns=("student",)),
     Victim(name="distillation worker", has=(TRAINING_WORKER,), concerns=("student",)),
     Victim(name="serve replica", has=("ray::ServeReplica",), concerns=("answers",)),

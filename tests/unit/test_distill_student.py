@@ -1,0 +1,61 @@
+"""The process that begins the distillation's driver again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+KEEP = """
+import sys
+from ray_jobs import distill_student
+
+distill_student.LASTING_S = float(sys.argv[1])
+sys.exit(distill_student.keep([sys.executable, "-c", sys.argv[2]]))
+"""
+# Says who it is, and lives until SIGTERM, after which it ends well, or until its parent is gone.
+DRIVER = """
+import os, signal
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+print(os.getpid(), flush=True)
+os.read(0, 1)
+print("alone", flush=True)
+"""
+
+
+def test_a_killed_driver_is_begun_again_until_the_job_is_stopped() -> None:
+    with _kept(lasting_s=0.0) as job:
+        first = _line(job)
+        os.kill(int(first), signal.SIGKILL)
+        assert _line(job) != first
+        job.terminate()
+        assert job.wait(timeout=30) == 0
+
+
+def test_a_driver_that_does_not_last_is_left_to_whoever_submits_the_job() -> None:
+    with _kept(lasting_s=60.0) as job:
+        os.kill(int(_line(job)), signal.SIGKILL)
+        assert job.wait(timeout=30) == 128 + signal.SIGKILL
+
+
+def test_a_driver_learns_that_its_parent_is_gone() -> None:
+    with _kept(lasting_s=0.0) as job:
+        assert _line(job)
+        job.kill()
+        assert _line(job) == "alone"
+
+
+@contextmanager
+def _kept(*, lasting_s: float) -> "Iterator[subprocess.Popen[str]]":
+    command = [sys.executable, "-c", KEEP, str(lasting_s), DRIVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            yield job
+        finally:
+            job.kill()
+
+
+def _line(job: "subprocess.Popen[str]") -> str:
+    assert job.stdout
+    return job.stdout.readline().strip()
