@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final, get_args
 
+from services.console.store import KEPT_VERSIONS
 from services.core.errors import RegistryError
 from services.core.registry import Kind, Registry
 
@@ -17,7 +18,7 @@ Row = dict[str, Any]
 
 
 class Versions:
-    """Follows the registry. `rows` by (kind, version), newest last; of pruned ones, too."""
+    """Follows the registry. `rows` by (kind, version), newest last; of many pruned ones, too."""
 
     def __init__(self, registry: Registry, known: list[Row]) -> None:
         self._registry = registry
@@ -45,6 +46,9 @@ class Versions:
                 if (kind, version) not in self.rows:
                     row = self.rows[kind, version] = _row(manifest)
                     fresh.append(row)
+            for version in self._known(kind)[:-KEPT_VERSIONS]:
+                if version not in there:  # else it would be read anew at each look
+                    del self.rows[kind, version]
         self._caught_up = True
         serving: dict[str, dict[str, Any]] = {
             kind: found for kind in KINDS if (found := self._serves(kind))

@@ -149,7 +149,9 @@ def test_a_broken_file_is_begun_anew(tmp_path: Path) -> None:
     store.close()
 
 
-def test_versions_are_read_once_and_outlive_a_prune(tmp_path: Path) -> None:
+def test_versions_are_read_once_and_outlive_a_prune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = Registry(str(tmp_path / "registry"))
     publish(registry, tmp_path, events=ROLLING_EVENTS, ndcg=0.1)
     publish(registry, tmp_path, events=ROLLING_EVENTS // 2, ndcg=0.2)
@@ -169,6 +171,9 @@ def test_versions_are_read_once_and_outlive_a_prune(tmp_path: Path) -> None:
     restarted = Versions(registry, known=versions.newest("student", 10))
     assert restarted.refresh() == ([], True)
     assert restarted.quality() == versions.quality()
+    monkeypatch.setattr("services.console.versions.KEPT_VERSIONS", 1)
+    restarted.refresh()  # of pruned ones not without end
+    assert [row["version"] for row in restarted.newest("student", 10)] == [2, 3]
     anew = Registry(str(tmp_path / "another"))
     publish(anew, tmp_path, events=10, ndcg=0.5)
     restarted = Versions(anew, known=versions.newest("student", 10))
