@@ -63,6 +63,15 @@ def test_a_shorter_catalog_does_not_know_what_a_longer_one_has() -> None:
     assert short.in_category("western") is None
 
 
+def test_an_item_that_comes_back_otherwise_after_a_shorter_catalog_is_told_as_it_is() -> None:
+    long = Items.of(grown(["Western"]).to_table())
+    row = int(long.rows(["new-0"])[0])
+    assert long.cards([row])[0].categories == ["Western"]
+    short = Items.of(catalog().to_table(), long)
+    again = Items.of(grown(["Noir"]).to_table(), short)
+    assert again.cards([row])[0].categories == ["Noir"]
+
+
 def test_a_category_named_twice_holds_the_item_once() -> None:
     items = Items.of(grown(["Noir", "noir", "Noir"], ["NOIR"]).to_table())
     found = items.in_category("noir")
