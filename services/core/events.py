@@ -136,8 +136,11 @@ def decode_event(raw: bytes, *, arrival_ms: int, max_future_s: float) -> Event:
     return event
 
 
-def decode_item(raw: bytes) -> Item:
-    return _decode(Item, raw)
+def decode_item(raw: bytes, *, arrival_ms: int, max_future_s: float) -> Item:
+    """The same for an item; metadata without a timestamp is as of its arrival."""
+    item = _decode(Item, raw)
+    check_not_future(item, arrival_ms=arrival_ms, max_future_s=max_future_s)
+    return item if item.timestamp else item.model_copy(update={"timestamp": arrival_ms})
 
 
 def decode_id(raw: bytes, *, field: str) -> str:
@@ -154,12 +157,12 @@ def decode_user_id(key: bytes) -> str:
     return decode_id(key, field="key")
 
 
-def check_not_future(event: Event, *, arrival_ms: int, max_future_s: float) -> None:
-    """Raise `InvalidEventError` for an event that claims to happen after it arrived."""
-    if event.timestamp > arrival_ms + max_future_s * 1000:
+def check_not_future(record: Event | Item, *, arrival_ms: int, max_future_s: float) -> None:
+    """Raise `InvalidEventError` for a record that claims to be of after its arrival."""
+    if record.timestamp > arrival_ms + max_future_s * 1000:
         raise InvalidEventError(
             field="timestamp",
-            value=event.timestamp,
+            value=record.timestamp,
             fix=f"must be at most {max_future_s:g} s after arrival ({arrival_ms}); send UTC "
             "milliseconds and check the producer's clock",
         )

@@ -64,12 +64,9 @@ def parse_events(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) 
     return _parse(raw, decode, key=lambda event: event.user_id)
 
 
-def parse_items(raw: Iterable[bytes], *, arrival_ms: int) -> Batch:
-    """Metadata without a timestamp is as of its arrival."""
-
+def parse_items(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
     def decode(record: bytes) -> Item:
-        item = decode_item(record)
-        return item if item.timestamp else item.model_copy(update={"timestamp": arrival_ms})
+        return decode_item(record, arrival_ms=arrival_ms, max_future_s=max_future_s)
 
     return _parse(raw, decode, key=lambda item: item.item_id)
 

@@ -173,7 +173,11 @@ def create_app(settings: Settings) -> FastAPI:
         )
 
     def items(body: bytes, content_type: str) -> Batch:
-        return parse_items(records(body, content_type), arrival_ms=_now_ms())
+        return parse_items(
+            records(body, content_type),
+            arrival_ms=_now_ms(),
+            max_future_s=settings.max_future_s,
+        )
 
     @app.post("/v1/events", status_code=202, **_documented("Event", EVENT_EXAMPLE))
     async def post_events(request: Request) -> Response:

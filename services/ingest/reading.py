@@ -8,8 +8,6 @@ from services.core.errors import InvalidEventError
 from services.core.eventlog import EPOCH_SPAN, Arrived, epoch_of
 from services.core.events import (
     EVENTS,
-    Event,
-    Item,
     dead_letter,
     decode_event,
     decode_item,
@@ -79,12 +77,8 @@ def sort_out(
                     )
                 )
                 continue
-            raw = record.value or b""
-            decoded: Event | Item = (
-                decode_event(raw, arrival_ms=arrival_ms, max_future_s=max_future_s)
-                if topic == EVENTS
-                else decode_item(raw)
-            )
+            decode = decode_event if topic == EVENTS else decode_item
+            decoded = decode(record.value or b"", arrival_ms=arrival_ms, max_future_s=max_future_s)
         except InvalidEventError as error:
             found.dead.append(_letter(topic, record, str(error)))
         else:

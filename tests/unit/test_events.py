@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -92,9 +93,14 @@ def test_impressions_and_skips_are_no_interactions() -> None:
 
 def test_items_travel_the_same_way() -> None:
     item = Item(item_id="i1", title="Heat (1995)", categories=["Action"], vector=[0.5, 1.0])
-    assert decode_item(encode(item)) == item
+    decode = partial(decode_item, arrival_ms=1_000, max_future_s=60)
+    assert decode(encode(item)) == item.model_copy(update={"timestamp": 1_000})
+    dated = item.model_copy(update={"timestamp": 61_000})
+    assert decode(encode(dated)) == dated
+    with pytest.raises(InvalidEventError, match=r"timestamp.*61001.*at most 60 s after arrival"):
+        decode(encode(item.model_copy(update={"timestamp": 61_001})))
     with pytest.raises(InvalidEventError, match="item_id"):
-        decode_item(b'{"title": "no id"}')
+        decode(b'{"title": "no id"}')
 
 
 def _event(kind: EventType) -> Event:
