@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 STACK_FILE = "stack.json"
 STARTTIME = 19  # field 22 of proc_pid_stat(5), counted from the one after the name
 
+# Settings that point a stack to what others may use, too.
+ELSEWHERE: Final = (
+    *("kafka_bootstrap", "redis", "ray_address"),
+    *("offline_uri", "registry_uri", "checkpoint_uri"),
+)
+
 Identity = dict[str, int | str]
 
 
@@ -21,8 +27,14 @@ def stack_path(settings: "Settings") -> Path:
 
 
 def demo_of(settings: "Settings") -> "Settings":
-    """The settings that `reflux demo` runs with."""
-    return settings.model_copy(update={"home": settings.home.absolute() / "demo"})
+    """The settings that `reflux demo` runs with: whatever it starts is its own.
+
+    Its events are a dataset's, and its models learned from them: not for anybody's own Kafka,
+    Redis, Ray or registry.
+    """
+    return settings.model_copy(
+        update={"home": settings.home.absolute() / "demo", **dict.fromkeys(ELSEWHERE, "")}
+    )
 
 
 def read_stack(settings: "Settings") -> dict[str, Any] | None:

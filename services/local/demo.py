@@ -79,7 +79,7 @@ class Demo:
     def run(self) -> None:
         """Run to the end; always stop what was started, then print the summary."""
         began = time.monotonic()
-        refuse_second_stack(self._given)  # whose addresses the demo would take for configured
+        refuse_second_stack(self._given)  # two would share the cores
         refuse_second_stack(self._settings)
         shutil.rmtree(self._settings.home, ignore_errors=True)
         stack = Stack(self._settings, report=self._console.log)
