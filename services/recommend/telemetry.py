@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+import psutil
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -19,7 +20,7 @@ from prometheus_client import (
     start_http_server,
     values,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 MULTIPROCESS: Final = "PROMETHEUS_MULTIPROC_DIR"
 _ANSWER_S: Final = (
@@ -40,13 +41,14 @@ class Telemetry:
 
     def __init__(self) -> None:
         own = self._exposed = CollectorRegistry()
+        self._directory: Path | None = None  # of the files that this node's replicas share
         # What counts is whether the variable stood when prometheus_client was imported: Feast
         # sets one of its own later.
         if values.ValueClass is not values.MutexValue:
-            directory = os.environ[MULTIPROCESS]
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._directory = Path(os.environ[MULTIPROCESS])
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._exposed = CollectorRegistry()
-            MultiProcessCollector(self._exposed, directory)
+            MultiProcessCollector(self._exposed, str(self._directory))
         self.answers = Counter(
             "reflux_answers", "Answers given", ["status", "fallback"], registry=own
         )
@@ -101,7 +103,7 @@ class Telemetry:
         self.item_coverage = Gauge(
             "reflux_answer_item_coverage",
             "Share of the catalog that a replica showed in the last ten minutes",
-            multiprocess_mode="max",
+            multiprocess_mode="livemax",
             registry=own,
         )
         self.impressions = Counter(
@@ -110,6 +112,10 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """The text that `GET /metrics` answers with."""
+        if self._directory is not None:
+            for live in self._directory.glob("gauge_live*.db"):
+                if not psutil.pid_exists(pid := int(live.stem.rpartition("_")[2])):
+                    mark_process_dead(pid, str(self._directory))
         return generate_latest(self._exposed)
 
 

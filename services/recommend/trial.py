@@ -2,13 +2,14 @@
 
 import logging
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.registry import Registry
 from services.core.trials import Trial
 from services.recommend.engine import Model
-from services.recommend.live import load, warm_up
+from services.recommend.live import RETRY_S, load, warm_up
 from services.recommend.polling import Polling
 
 log = logging.getLogger(__name__)
@@ -25,13 +26,16 @@ class Running:
 class LiveTrial:
     """`running` follows the registry's trial; a thread of its own keeps it up to date.
 
-    Whatever goes wrong, `running` is None and all answers come from what serves.
+    A version that can't be taken is tried again after a while; meanwhile `running` is None, and all
+    answers come from what serves.
     """
 
     def __init__(self, registry: Registry, *, poll_s: float, exact_items: int) -> None:
         self.running: Running | None = None
         self._registry = registry
         self._exact_items = exact_items
+        self._failed: Trial | None = None
+        self._failed_at_s = 0.0
         self._complaint = ""
         polling = Polling(self.look, poll_s=poll_s, name="live-trial")
         self.start, self.stop = polling.start, polling.stop
@@ -40,20 +44,21 @@ class LiveTrial:
         """Take over what the registry says is tried out."""
         try:
             trial, running = self._registry.trial("student"), self.running
-            if trial is None:
-                self.running = None
-            elif running is None or trial.version != running.trial.version:
+            if trial is not None and (running is None or trial.version != running.trial.version):
+                if trial == self._failed and time.monotonic() < self._failed_at_s + RETRY_S:
+                    return
+                self._failed, self._failed_at_s = trial, time.monotonic()
                 self.running = None
                 self.running = Running(trial, self._load(trial.version))
                 log.info("student %d is tried out: %s", trial.version, trial.mark)
-            elif trial != running.trial:
-                self.running = Running(trial, running.model)
-            self._complaint = ""
+            else:
+                self.running = Running(trial, running.model) if trial and running else None
+            self._failed, self._complaint = None, ""
         except Exception as error:  # whatever a broken artifact or file system comes up with
-            self.running = None
             complaint = f"{type(error).__name__}: {error}"
             if complaint != self._complaint:
-                log.warning("nothing is tried out: %s", complaint)
+                tried = f"student {self.running.trial.version}" if self.running else "nothing"
+                log.warning("%s is tried out: %s", tried, complaint)
                 self._complaint = complaint
 
     def _load(self, version: int) -> Model:

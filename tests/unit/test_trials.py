@@ -9,6 +9,7 @@ import pytest
 
 from services.core.registry import Registry
 from services.core.trials import CANDIDATE, SERVING, Arm, Trial, score
+from services.recommend.trial import LiveTrial
 from tests import students
 
 SPLIT = Trial(version=2, mode="split", percent=25, since_ms=5)
@@ -91,3 +92,36 @@ def test_what_is_tried_out_is_not_pruned(tmp_path: Path) -> None:
     registry.end_trial("student")
     registry.end_trial("student")
     assert registry.prune("student", 1) == [2]
+
+
+def test_what_cannot_be_tried_out_is_not_fetched_at_every_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    for _ in range(2):
+        students.publish(registry, tmp_path)
+    weights = Path(registry.uri, "student", "000002", "weights.safetensors")
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    registry.begin_trial("student", SPLIT)
+    fetched = []
+    fetch = Registry.fetch
+
+    def counted(*given: Any) -> Path:
+        fetched.append(given)
+        return fetch(*given)
+
+    monkeypatch.setattr(Registry, "fetch", counted)
+    live = LiveTrial(registry, poll_s=60.0, exact_items=100)
+    for _ in range(3):
+        live.look()
+    assert (len(fetched), live.running) == (1, None)
+
+    weights.write_bytes(sound)
+    monkeypatch.setattr("services.recommend.trial.RETRY_S", 0.0)
+    live.look()
+    assert live.running is not None and live.running.trial == SPLIT
+    pointer = next(Path(registry.uri, "student").glob("*trial*"))
+    pointer.write_bytes(b"{")  # nobody can tell what is tried out now: what was goes on
+    live.look()
+    assert live.running is not None and len(fetched) == 2
