@@ -220,6 +220,8 @@ def test_answers_are_deploy_serve_yaml(objects: list[Manifest], settings: Settin
     [deployment] = theirs["applications"][0]["deployments"]
     assert deployment.pop("num_replicas") == "auto"
     scaling = deployment.pop("autoscaling_config")
+    args, theirs["applications"][0]["args"] = theirs["applications"][0]["args"], {}
+    assert args == {"replicas": scaling["min_replicas"], "max_replicas": scaling["max_replicas"]}
     theirs_env = theirs["applications"][0]["runtime_env"]["env_vars"]
     metrics = theirs_env.pop("PROMETHEUS_MULTIPROC_DIR")
     assert theirs == ours
