@@ -52,7 +52,7 @@ def main() -> None:
     processes.on_ending(signal.default_int_handler)
     try:
         app()
-    except RefluxError as error:
+    except (RefluxError, OSError) as error:  # a registry or a dashboard that can't be reached
         print(f"reflux: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -168,7 +168,7 @@ def demo(
     add_help_option=False,  # its own says more
 )
 def evaluate(context: typer.Context) -> None:
-    """Measure quality by a protocol: stream, successive, leave-one-out or blocks."""
+    """Measure quality by a protocol: stream, successive, leave-one-out, blocks or gate."""
     from ray_jobs.evaluate.__main__ import main as measure
 
     measure(context.args)

@@ -20,7 +20,8 @@ MODULES: dict[JobKind, str] = {
     "everyone": "services.recommend.everyone",
 }
 # What a job has no use for; Ray leaves out by itself what .gitignore names.
-NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy"]
+# reflux.toml is this machine's, and may have passwords in it.
+NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy", "/reflux.toml"]
 REQUEST_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 

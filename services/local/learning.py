@@ -46,7 +46,7 @@ def refresh_due(
 
 @dataclass
 class LearningJobs:
-    """Submits and resubmits the two jobs. `tick()` often; it looks every few seconds."""
+    """Submits and resubmits the two jobs. `tick()` often; it looks once a second."""
 
     settings: Settings
     jobs: Jobs

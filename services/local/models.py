@@ -1,14 +1,17 @@
 """`reflux models`: versions with metrics, lineage and the gate's word; what is tried out."""
 
 import datetime
+import logging
 from dataclasses import asdict
 from typing import Any
 
-from services.core.errors import NothingServingError, RefluxError
+from services.core.errors import NothingServingError, RefluxError, RegistryError
 from services.core.eventlog import EventLog
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 from services.core.trials import COLUMNS, score
+
+log = logging.getLogger(__name__)
 
 SHOWN_METRICS = {
     "teacher": ("slice.teacher.ndcg@10",),
@@ -25,7 +28,11 @@ def list_models(settings: Settings, kind: Kind) -> list[dict[str, Any]]:
         serving = None
     rows = []
     for version in registry.versions(kind):
-        manifest = registry.manifest(kind, version)
+        try:
+            manifest = registry.manifest(kind, version)
+        except RegistryError as error:  # damaged, or pruned meanwhile: others are still listed
+            log.warning("%s", error)
+            continue
         rows.append(
             {
                 "kind": kind,

@@ -158,11 +158,15 @@ def rotate_logs(logs: Path, *, most_bytes: int = LOG_BYTES) -> None:
     """Begin each log anew that has grown too long; the one before stays beside it, as `.log.1`.
 
     Whoever writes goes on writing, at the new end: logs are opened for appending. What comes
-    between the copy and the cut is lost.
+    between the copy and the cut is lost, and what no disk has room for.
     """
     for log in logs.glob("*.log"):
         if log.stat().st_size > most_bytes:
-            shutil.copyfile(log, log.with_suffix(".log.1"))
+            before = log.with_suffix(".log.1")
+            try:
+                shutil.copyfile(log, before)
+            except OSError:
+                before.unlink(missing_ok=True)
             os.truncate(log, 0)
 
 

@@ -1,8 +1,8 @@
 """The one-machine stack: what the settings don't point elsewhere, and our own processes.
 
-`Stack.start()` brings everything up, `supervise()` restarts what dies and keeps the learning
-jobs going, `stop()` leaves no process behind. `<home>/stack.json` tells other commands where
-everything is, and lets `reflux down` end a stack whose supervisor is gone.
+`Stack.start()` brings everything up, `supervise()` restarts what dies, `stop()` leaves no process
+behind. `<home>/stack.json` tells other commands where everything is, and lets `reflux down` end a
+stack whose supervisor is gone.
 """
 
 import json
@@ -104,9 +104,9 @@ class Stack:
             child.not_before = time.monotonic() + wait_s
             self.report(f"{name} died; restart {child.restarts}, the next not before {wait_s:g} s")
             child.process = Process(child.process.command, logs=self.settings.logs)
-            self._write_stack_file()
             if name == "ray":  # its Serve application and jobs died with it
                 self._answers_due = True
+            self._write_stack_file()
         if self._answers_due and self._children["ray"].process.running:
             self._wait("ray")
             self.report(deploy_answers(self.settings))
@@ -209,7 +209,6 @@ class Stack:
             "supervisor": identify(os.getpid()),
             "processes": {name: identify(child.pid) for name, child in children.items()},
             "restarts": {name: child.restarts for name, child in self._children.items()},
-            "logs": {name: str(child.log) for name, child in children.items()},
             "worker_metrics_ports": self._worker_metrics_ports,
             "embedded_ray": self._embedded_ray,
             "ready": self._ready,

@@ -1,6 +1,8 @@
 """The processes of the one-machine stack: started once, stopped whole, known again."""
 
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 
 from services.core.errors import RefluxError, UnavailableError
 from services.core.settings import Settings
-from services.core.stackfile import identify, is_alive, read_stack
+from services.core.stackfile import demo_of, identify, is_alive, read_stack
 from services.local import stack as stack_module
 from services.local.demo import Demo
 from services.local.processes import Command, Process, free_port, one_at_a_time, rotate_logs
@@ -39,6 +41,32 @@ def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path) -> None:
     rotate_logs(tmp_path, most_bytes=10)
     assert log.read_bytes() == b"go on"
     assert (tmp_path / "worker.log.1").read_bytes() == b"x" * 11
+
+
+def test_a_log_is_cut_even_where_its_copy_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path, to: Path) -> None:
+        to.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    (tmp_path / "worker.log").write_bytes(b"x" * 11)
+    rotate_logs(tmp_path, most_bytes=10)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"worker.log": b""}
+
+
+def test_a_demo_shares_nothing_with_what_is_configured(tmp_path: Path) -> None:
+    elsewhere = {
+        "kafka_bootstrap": "kafka:9092",
+        "redis": "redis:6379",
+        "ray_address": "http://ray",
+    }
+    uris = dict.fromkeys(("offline_uri", "registry_uri", "checkpoint_uri"), "s3://bucket/x")
+    demo = demo_of(Settings(home=tmp_path, **elsewhere, **uris))
+    assert not any(getattr(demo, name) for name in (*elsewhere, *uris))
+    for uri in (demo.offline, demo.registry, demo.checkpoints):
+        assert uri.startswith(str(tmp_path / "demo"))
 
 
 def test_a_stopped_process_leaves_no_descendant(tmp_path: Path) -> None:
