@@ -259,4 +259,5 @@ def _explain(loc: tuple[int | str, ...], value: object, problem: str) -> str:
         return f"{name}: no such setting; the settings are {known}"
     about = Settings.model_fields[name].description
     hint = f" ({about})" if about else ""
-    return f"REFLUX_{name.upper()}={value!r}: {problem}{hint}"
+    secret = "SecretStr" in str(Settings.model_fields[name].annotation)
+    return f"REFLUX_{name.upper()}={'***' if secret else repr(value)}: {problem}{hint}"
