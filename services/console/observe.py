@@ -53,7 +53,6 @@ class Snapshot:
     items: int | None = None  # that the newest student can answer with
     item_coverage: float | None = None  # share of the catalog shown in the last ten minutes
     retention: float | None = None  # student / teacher, NDCG@10 of the stream
-    transferability: float | None = None  # (student - hard labels only) / (teacher - the same)
     loss: dict[str, float] = field(default_factory=dict)  # by term, of the newest micro-batches
     metrics: dict[str, float] = field(default_factory=dict)
     processes: dict[str, bool] = field(default_factory=dict)
@@ -144,7 +143,7 @@ class Observer:
         found["learning_rate"] = manifest.get("learning_rate")
         found["items"] = manifest.get("items")
         found["learning_lag_events"] = self._lag(samples, learned)
-        found |= ratios(metrics)
+        found["retention"] = retention(metrics)
         if serving["teacher"] is not None:
             teacher = self._manifest("teacher", serving["teacher"].version)
             found["teacher_age_events"] = teacher and age_events(learned, teacher)
@@ -176,18 +175,11 @@ class Observer:
         return known
 
 
-def ratios(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Retention and transferability over the whole stream, by NDCG@10, each ranker's over the
-    events that it was asked about (see `Prequential`)."""
-    student, teacher, hard = (
-        metrics.get(f"stream.{model}.ndcg@10") for model in ("student", "teacher", "hard_student")
-    )
-    found: dict[str, float | None] = {"retention": None, "transferability": None}
-    if student is not None and teacher:
-        found["retention"] = student / teacher
-        if hard is not None and teacher != hard:
-            found["transferability"] = (student - hard) / (teacher - hard)
-    return found
+def retention(metrics: Mapping[str, float]) -> float | None:
+    """Student / teacher over the whole stream, by NDCG@10, each over the events that it was asked
+    about (see `Prequential`)."""
+    student, teacher = (metrics.get(f"stream.{model}.ndcg@10") for model in ("student", "teacher"))
+    return student / teacher if student is not None and teacher else None
 
 
 def age_events(learned: Mapping[int, int], teacher: Manifest) -> int:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.guard import Guard
 from services.console.watch import Watcher
-from services.core.errors import NothingServingError, RefluxError, RegistryError, UnavailableError
+from services.core.access import ray_headers
+from services.core.errors import RefluxError, RegistryError, UnavailableError
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 
@@ -87,7 +88,7 @@ class Ray:
 
     async def _get(self, path: str) -> httpx.Response:
         try:
-            response = await self._http.get(f"{self._url}{path}")
+            response = await self._http.get(f"{self._url}{path}", headers=ray_headers())
         except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
             raise UnavailableError(f"Ray at {self._url!r} doesn't answer ({error})") from None
         if response.status_code != 200:
@@ -119,7 +120,7 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
         """Promote and hold, roll back and hold, or release what is held."""
         try:
             serving = registry.serving(wanted.kind).version
-        except NothingServingError:
+        except RegistryError:  # nothing serves, or nobody can tell what: promoting mends that
             serving = 0
         if serving != wanted.serving:
             raise ChangedError(

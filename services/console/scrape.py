@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -42,18 +43,19 @@ class Scraper:
 
     def scrape(self) -> Samples:
         """Every sample of ours, of every endpoint that answers."""
-        samples: Samples = {}
-        self.reached = {}
-        for url in self._endpoints():
-            try:
-                response = self._http.request("GET", f"{url}/metrics")
-            except urllib3.exceptions.HTTPError:
-                self.reached[url] = False
-                continue
-            self.reached[url] = response.status == 200
-            if self.reached[url]:
-                samples[url] = parsed(response.data.decode())
-        return samples
+        urls = self._endpoints()
+        with ThreadPoolExecutor(max(1, len(urls))) as pool:  # a lost node has several
+            found = dict(zip(urls, pool.map(self._read, urls), strict=True))
+        self.reached = {url: text is not None for url, text in found.items()}
+        return {url: parsed(text) for url, text in found.items() if text is not None}
+
+    def _read(self, url: str) -> str | None:
+        """What an endpoint tells; None where it doesn't."""
+        try:
+            response = self._http.request("GET", f"{url}/metrics")
+        except urllib3.exceptions.HTTPError:
+            return None
+        return response.data.decode() if response.status == 200 else None
 
     def _endpoints(self) -> list[str]:
         settings = self._settings

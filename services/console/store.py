@@ -4,6 +4,7 @@ Samples lie in rings: every ten seconds of two hours, every minute of a day, eve
 thirty days; the coarser ones are means. About 5 MB when full.
 """
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+
+log = logging.getLogger(__name__)
 
 SAMPLE_S: Final = 10
 KEPT_VERSIONS: Final = 1_000  # of each kind
@@ -44,6 +47,9 @@ class Store:
         self._lock = threading.Lock()
         try:
             self._db = _opened(path)
+        except sqlite3.OperationalError as error:  # no room, or no right: what it has stays
+            log.warning("%s: %s; what comes now is kept until this process ends", path, error)
+            self._db = _opened(":memory:")
         except sqlite3.DatabaseError:
             path.unlink()
             self._db = _opened(path)
@@ -111,7 +117,7 @@ class Store:
         return [orjson.loads(body) for (body,) in rows]
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _opened(path: Path | str) -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False)
     db.execute("pragma journal_mode = wal")
     db.execute("pragma synchronous = off")  # a crash may cost a sample

@@ -213,7 +213,6 @@ def series_of(
         "items": snapshot.items,
         "item_coverage": snapshot.item_coverage,
         "retention": snapshot.retention,
-        "transferability": snapshot.transferability,
         **{f"quality.{model}": value for model, value in quality.items()},
         **{f"loss.{term}": value for term, value in snapshot.loss.items()},
     }

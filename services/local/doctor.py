@@ -10,7 +10,8 @@ from importlib import metadata
 
 import psutil
 
-from services.core.errors import UnavailableError
+from services.core.access import ray_headers
+from services.core.errors import RAY_TOKEN, UnavailableError
 from services.core.settings import Settings
 from services.core.stackfile import is_alive, read_stack
 from services.local import processes
@@ -170,7 +171,11 @@ def _check_ray(settings: Settings) -> None:
     import httpx
 
     try:
-        httpx.get(f"{settings.ray_address}/api/version", timeout=2.0).raise_for_status()
+        version = f"{settings.ray_address}/api/version"
+        answer = httpx.get(version, headers=ray_headers(), timeout=2.0)
+        if answer.status_code in (401, 403):
+            raise UnavailableError(RAY_TOKEN.format(settings.ray_address))
+        answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UnavailableError(
             f"check REFLUX_RAY_ADDRESS (http://host:8265) and that Ray runs ({error})"

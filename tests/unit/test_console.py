@@ -14,7 +14,7 @@ from prometheus_client.samples import Sample
 from services.console import trying
 from services.console.aside import Aside
 from services.console.guard import Guard
-from services.console.observe import ratios
+from services.console.observe import retention
 from services.console.recent import Looks
 from services.console.scrape import Samples, buckets, increase, parsed, quantile
 from services.console.store import KEPT_VERSIONS, RINGS, Store
@@ -101,11 +101,11 @@ def test_a_process_that_missed_a_look_counts_on_from_where_it_was() -> None:
         assert n in (0, 6) or rate == pytest.approx(500, rel=0.1)
 
 
-def test_ratios_need_a_student_of_hard_labels() -> None:
-    metrics = {"stream.student.ndcg@10": 0.19, "stream.teacher.ndcg@10": 0.2}
-    assert ratios(metrics) == {"retention": pytest.approx(0.95), "transferability": None}
-    found = ratios({**metrics, "stream.hard_student.ndcg@10": 0.15})
-    assert found["transferability"] == pytest.approx(0.8)
+def test_retention_needs_a_teacher_that_was_asked() -> None:
+    metrics = {"stream.student.ndcg@10": 0.19}
+    assert retention(metrics) is None
+    assert retention({**metrics, "stream.teacher.ndcg@10": 0.0}) is None
+    assert retention({**metrics, "stream.teacher.ndcg@10": 0.2}) == pytest.approx(0.95)
 
 
 def test_the_past_is_kept_thinned_and_bounded(tmp_path: Path) -> None:
@@ -147,6 +147,16 @@ def test_a_broken_file_is_begun_anew(tmp_path: Path) -> None:
     store.add(10_000, {"rate": 1.0})
     assert store.history(since_ms=0, until_ms=20_000)["series"] == {"rate": [1.0]}
     store.close()
+
+
+def test_a_file_that_cannot_be_written_stays_and_the_page_has_what_comes(tmp_path: Path) -> None:
+    path = tmp_path / "console.sqlite"
+    path.mkdir()  # as good as a full disk
+    store = Store(path)
+    store.add(10_000, {"rate": 1.0})
+    assert store.history(since_ms=0, until_ms=20_000)["series"] == {"rate": [1.0]}
+    store.close()
+    assert path.is_dir()
 
 
 def test_versions_are_read_once_and_outlive_a_prune(

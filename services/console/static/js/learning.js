@@ -8,14 +8,13 @@ const MODELS = [
   { key: "student", name: "student, distilled and serving", width: 2.4 },
   { key: "teacher", name: "teacher, refreshed", width: 1.8 },
   { key: "stale_teacher", name: "teacher, stale first one", dash: [6, 4] },
-  { key: "hard_student", name: "student, hard labels only", dash: [3, 3] },
   { key: "frozen_student", name: "student, frozen at the start", dash: [3, 3] },
   { key: "popularity", name: "popularity" },
 ];
 const LOSSES = [
   { key: "hard", name: "what happened", colour: "student" },
   { key: "soft", name: "teacher's soft labels", colour: "teacher" },
-  { key: "hidden", name: "teacher's hidden state", colour: "hard_student" },
+  { key: "hidden", name: "teacher's hidden state", colour: "hidden" },
 ];
 
 let quality, losses;
@@ -49,12 +48,8 @@ export function look(now) {
     h("td", {}, score(now.metrics[`stream.${key}.hr@10`])),
   ));
   renew($("quality-table").tBodies[0], rows.length ? rows : [h("tr", {}, h("td", { colspan: 4, class: "quiet" }, "no live event has been predicted yet"))]);
-  const transfer = missing(now.transferability)
-    ? ["–", "needs a student of hard labels: reflux evaluate runs one"]
-    : [percent(now.transferability), "of what the teacher has over hard labels"];
   facts($("ratios"), [
     ["Retention", percent(now.retention), "student / teacher, whole stream"],
-    ["Transferability", ...transfer],
     ["Teacher's age", missing(now.teacher_age_events) ? "–" : `${count(now.teacher_age_events)} events`, now.teacher_created_ms ? ago(now.teacher_created_ms, now.at_ms) : null],
     ["Trust in its labels", percent(now.teacher_trust), null],
     ["Learning rate", missing(now.learning_rate) ? "–" : String(now.learning_rate), null],
