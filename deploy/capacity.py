@@ -66,7 +66,7 @@ M, C = Measured(), Cited()
 
 BUSY = 0.6  # of a core that waits for others: room for skew and restarts
 LEARNER_BYTES, TEACHER_BYTES = 12 * GIB, 32 * GIB  # of a worker's pod (overlays/production)
-PUBLISH_S, FLUSH_S, REFRESH_S = 5.0, 10.0, 6 * 3600.0
+PUBLISH_S, FLUSH_S = 5.0, 10.0
 USERS_DIFFER = 3.0  # standard deviation of their activity over its mean; MovieLens-1M: 1.2
 REBALANCE_S = 10.0  # until others have a lost worker's partitions: session and join
 LEARNERS = 64  # distillation workers, as many as seems sane

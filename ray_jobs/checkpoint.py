@@ -4,7 +4,8 @@
     optimizer.safetensors       moments by parameter name
     catalog.parquet
     shared.json                 counters, teacher and student versions
-    rank-00000/                 of each worker: histories.parquet, own.json (positions, ledger, ...)
+    rank-00000/                 of each worker: histories.parquet, own.json (positions, ledger),
+                                rng.safetensors
                manifest.json    hashes of all that it wrote, and how many workers there were
 
 Ray Train stores the directory and only then counts it as a checkpoint. Nothing is pickled.
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.histories import Histories
-from ray_jobs.learner import adam
+from ray_jobs.learner import adam, set_learning_rate
 from ray_jobs.recipes import DistillConfig
 from services.core.catalog import Catalog
 from services.core.metrics import Prequential
@@ -142,8 +143,7 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
     counters = Counters(**json.loads((directory / "shared.json").read_text()))
     student = Student.load(directory / "student")
     optimizer = adam(student, config)
-    for group in optimizer.param_groups:
-        group["lr"] = counters.learning_rate
+    set_learning_rate(optimizer, counters.learning_rate)
     _set_moments(student, optimizer, load_file(directory / "optimizer.safetensors"))
     state = State(
         student=student,

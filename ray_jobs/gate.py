@@ -93,9 +93,3 @@ def distinctness(lists: Lists) -> float:
         return 0.0
     common = [np.unique(place, return_counts=True)[1].max() for place in lists.T]
     return 1.0 - float(np.mean(common)) / len(lists)
-
-
-def transferability(*, student: float, hard_only: float, teacher: float) -> float:
-    """(student - hard) / (teacher - hard): the share of the teacher's lead that arrives."""
-    lead = teacher - hard_only
-    return (student - hard_only) / lead if lead else float("nan")

@@ -47,6 +47,11 @@ def adam(student: Student, config: DistillConfig) -> Adam:
     )
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
 @torch.no_grad()
 def start_from(student: Student, items: Items) -> None:
     """Give a new student the teacher's view of the items: the leading principal components of its

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ray_jobs import gate
 from ray_jobs.checkpoint import State
 from ray_jobs.gate import Evidence, Gains, Verdict
-from ray_jobs.learner import adam
+from ray_jobs.learner import adam, set_learning_rate
 from ray_jobs.microbatch import MicroBatch
 from ray_jobs.peers import Peers
 from ray_jobs.ranking import top_lists
@@ -152,8 +152,7 @@ class Publisher:
 
     def _learn_at(self, learning_rate: float) -> None:
         self._state.counters.learning_rate = learning_rate
-        for group in self._state.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._state.optimizer, learning_rate)
 
     def _judge(self, probe: MicroBatch) -> Verdict:
         student, proved = (

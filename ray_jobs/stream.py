@@ -22,8 +22,15 @@ from ray_jobs.microbatch import Arrivals
 from services.core.catalog import Catalog
 from services.core.errors import InvalidEventError
 from services.core.eventlog import EPOCH_SPAN, EventLog, epoch_of, kafka_offset
-from services.core.events import EVENTS, Event, EventType, decode_event, decode_user_id
-from services.core.history import event_key
+from services.core.events import (
+    EVENTS,
+    INTERACTIONS,
+    Event,
+    EventType,
+    decode_event,
+    decode_user_id,
+)
+from services.core.history import event_key, milliseconds
 from services.core.kafka import make_consumer, resume_offsets, topic_id
 from services.core.models.sequences import type_codes
 from services.core.settings import Settings
@@ -96,15 +103,14 @@ class Received:
     @classmethod
     def of_log(cls, table: pa.Table) -> Self:
         """From rows of the offline log; its impressions were answered long ago and are left out."""
-        idle = pa.array([EventType.IMPRESSION.value, EventType.SKIP.value])
-        table = table.filter(pc.invert(pc.is_in(table["type"], idle)))
+        table = table.filter(pc.is_in(table["type"], pa.array(INTERACTIONS)))
         return cls(
             user_ids=table["user_id"].to_pylist(),
             item_ids=table["item_id"].to_pylist(),
             types=table["type"].to_pylist(),
             values=table["value"].to_numpy(),
-            times_ms=_milliseconds(table["timestamp"]),
-            arrivals_ms=_milliseconds(table["arrival"]),
+            times_ms=milliseconds(table["timestamp"]),
+            arrivals_ms=milliseconds(table["arrival"]),
             partitions=table["partition"].to_pylist(),
             keys=np.array([event_key(key) for key in table["event_id"].to_pylist()], np.int64),
             impressions=[],
@@ -317,10 +323,3 @@ def answer_lists(
 def _impression(user_id: str, partition: int, items: Any, before: int) -> Impression:
     shown = [str(item) for item in items] if isinstance(items, list) else []
     return Impression(user_id=user_id, partition=partition, item_ids=shown, before=before)
-
-
-def _milliseconds(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    values: NDArray[np.int64] = (
-        pc.cast(column, pa.timestamp("ms", tz="UTC"), safe=False).cast(pa.int64()).to_numpy()
-    )
-    return values

@@ -4,9 +4,7 @@ shards as batches.
 Shapes: E events of a shard (each user's contiguous, oldest first), B packed lines of L events.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,7 +37,6 @@ def history_of(
     n_shards: int,
     last_slice: float,
     unseen_E: Bools | None = None,
-    offsets: Mapping[int, int] = MappingProxyType({}),
 ) -> History:
     """A log in time order, split by user; `catalog` is one that hasn't observed it yet, and does.
 
@@ -63,7 +60,7 @@ def history_of(
         shards.append(Shard(sequences=sequences, fresh_E=fresh[mine], judged_E=judged))
     return History(
         catalog=catalog,
-        offsets=dict(offsets),
+        offsets={},
         shards=shards,
         popularity=popularity,
         n_events=len(rows),

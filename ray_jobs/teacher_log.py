@@ -1,6 +1,6 @@
 """The offline log as a teacher's shards, read by many: no process holds more than its part.
 
-Readers take a portion of the log each, keep numbers alone (31 bytes an event) and split them by
+Readers take a portion of the log each, keep numbers alone (30 bytes an event) and split them by
 user; the driver learns from what they tell which items there are and which events are the newest;
 builders put the shards together. All are Ray tasks, so that a shard lost with its node is made
 again. What comes out depends neither on how the log was cut nor on who read what.
@@ -27,8 +27,8 @@ from ray_jobs.shards import History, Shard
 from services.core.catalog import TRENDING_HALF_LIFE_EVENTS, Catalog
 from services.core.errors import RefluxError
 from services.core.eventlog import PORTION_RECORDS, EventLog, Portion
-from services.core.events import ITEMS
-from services.core.history import INTERACTIONS, event_key
+from services.core.events import INTERACTIONS, ITEMS
+from services.core.history import event_key, milliseconds
 from services.core.models.sequences import Ints, Sequences, grouped, type_codes
 from services.core.settings import Settings
 
@@ -188,8 +188,7 @@ def read(
     events["item"] = items.indices.to_numpy()
     events["type"] = type_codes(table["type"].to_pylist(), table["value"].to_numpy())
     events["unseen"] = offsets >= learned[partitions]
-    times = table["timestamp"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
-    events["time_ms"] = times.to_numpy()
+    events["time_ms"] = milliseconds(table["timestamp"])
     events["key"] = [event_key(event_id) for event_id in table["event_id"].to_pylist()]
     first = np.unique(events["item"], return_index=True)[1]  # in the order of their numbers
     at = np.linspace(0, len(table) - 1, min(len(table), MOST_POINTS)).round().astype(np.int64)

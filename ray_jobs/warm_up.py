@@ -13,7 +13,7 @@ import torch
 from ray_jobs import replay
 from ray_jobs.checkpoint import Counters, State
 from ray_jobs.histories import NO_EVENTS, Histories, merged
-from ray_jobs.learner import adam, learn, start_from
+from ray_jobs.learner import adam, learn, set_learning_rate, start_from
 from ray_jobs.microbatch import MicroBatch, UserNews, absorb, group
 from ray_jobs.peers import ALONE, Peers
 from ray_jobs.recipes import DistillConfig, Recipe
@@ -132,7 +132,7 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
             break
         risen = min(1.0, (step + 1) / RISE_STEPS)
         peak, end = config.warm_up_learning_rate, config.learning_rate
-        _set_learning_rate(state, risen * (peak + progress * (end - peak)))
+        set_learning_rate(state.optimizer, risen * (peak + progress * (end - peak)))
         batch, asked = under_way.popleft()
         learn(
             state.student,
@@ -147,7 +147,7 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
         if time.monotonic() - logged_s > LOG_EVERY_S:
             logged_s = time.monotonic()
             logger.info("warm-up: %.0f%%, %d steps in %.0f s", 100 * progress, step, elapsed_s)
-    _set_learning_rate(state, config.learning_rate)
+    set_learning_rate(state.optimizer, config.learning_rate)
     logger.info(
         "warmed up: %d steps of %d users, %.1f epochs, %.0f s",
         *(step, config.warm_up_users, step / max(per_epoch, 1), time.monotonic() - begin_s),
@@ -166,8 +166,3 @@ def _endless(state: State, config: DistillConfig, peers: Peers) -> Iterator[list
             latest_events=config.warm_up_events,
             peers=peers,
         )
-
-
-def _set_learning_rate(state: State, learning_rate: float) -> None:
-    for parameters in state.optimizer.param_groups:
-        parameters["lr"] = learning_rate

@@ -19,36 +19,33 @@ class AbortError(Exception):
 class Log:
     """A stream in memory, in micro-batches of `BATCH`; breaks down before `abort_at`."""
 
-    def __init__(
-        self, n: int, *, at: int = 0, abort_at: int | None = None, partition: int = 0
-    ) -> None:
-        rng = np.random.default_rng(partition)
+    def __init__(self, n: int, *, at: int = 0, abort_at: int | None = None) -> None:
+        rng = np.random.default_rng(0)
         self.users = rng.integers(0, 12, n)
         self.items = rng.integers(0, 30, n)
-        self.partition = partition
-        self.positions = {partition: at}
+        self.positions = {0: at}
         self.abort_at = abort_at
 
     def received(self, first: int, last: int) -> Received:
         at = np.arange(first, last)
         return Received(
-            user_ids=[f"u{self.partition}-{user}" for user in self.users[at]],
+            user_ids=[f"u{user}" for user in self.users[at]],
             item_ids=[f"i{item}" for item in self.items[at]],
             types=["view"] * len(at),
             values=np.full(len(at), np.nan),
             times_ms=at * 1000,
             arrivals_ms=at * 1000,
-            partitions=[self.partition] * len(at),
+            partitions=[0] * len(at),
             keys=at,
             impressions=[],
         )
 
     def poll(self, *, max_events: int, timeout_s: float) -> Received:
-        first = self.positions[self.partition]
+        first = self.positions[0]
         last = min(first + max_events, len(self.users))
         if self.abort_at is not None and last > self.abort_at:
             raise AbortError
-        self.positions = {self.partition: last}
+        self.positions = {0: last}
         return self.received(first, last)
 
     def lag_events(self) -> int:

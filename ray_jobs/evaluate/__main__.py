@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", default="", help="only these, separated by commas")
     parser.add_argument("--ties", choices=("shuffled", "file"), default="shuffled")
-    parser.add_argument("--noise", default="", help="random:0.05, duplicates or bot")
+    noises = "random:SHARE, duplicates:SHARE or bot; of stream several, separated by commas"
+    parser.add_argument("--noise", default="", help=noises)
     parser.add_argument("--out", type=Path, help="default: in <home>/evaluate")
     given = parser.parse_args(argv)
     command = "reflux evaluate " + " ".join(sys.argv[1:] if argv is None else argv)

@@ -16,8 +16,7 @@ from ray_jobs import datasets
 from ray_jobs.stream import Received
 from ray_jobs.teacher_data import Interactions
 from services.core.catalog import Catalog
-from services.core.events import EventType
-from services.core.history import INTERACTIONS
+from services.core.events import INTERACTIONS, EventType
 
 Ints = NDArray[np.int64]
 

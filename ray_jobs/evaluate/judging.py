@@ -27,6 +27,7 @@ Scores = NDArray[np.float32]
 STEP_EVENTS = 500
 LISTS_EVERY = 10  # steps: one top-10 list in so many counts for coverage
 K = 10
+FORWARDS = 20  # timed
 
 
 class Ranker(Protocol):
@@ -116,7 +117,7 @@ def top_rows(scores_MV: Tensor, out_MV: Tensor) -> Ints:
 
 
 @torch.no_grad()
-def forward_ms(model: Recommender, *, context: int, times: int = 20) -> float:
+def forward_ms(model: Recommender, *, context: int) -> float:
     """Median time of one user's scores over the catalog: `context` events, one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -124,7 +125,7 @@ def forward_ms(model: Recommender, *, context: int, times: int = 20) -> float:
     features = [torch.ones(1, context, dtype=torch.long) for _ in range(3)]
     table_VD = model.encoder.item_table()
     took_s = []
-    for _ in range(times):
+    for _ in range(FORWARDS):
         begin_s = time.perf_counter()
         hidden_1LD = model(*features, table_VD=table_VD)
         model.scores(hidden_1LD[:, -1], table_VD=table_VD)

@@ -56,11 +56,6 @@ class Outcome:
     def __len__(self) -> int:
         return len(self.rank_N)
 
-    def where(self, kept_N: NDArray[np.bool_]) -> "Outcome":
-        """The same ranker on some of its events."""
-        columns = {name: value[kept_N] for name, value in self._columns().items()}
-        return Outcome(**{**vars(self), **columns})
-
     def metrics(self, k: int = 10) -> dict[str, float]:
         """One target an event: recall is the hit rate, precision a k-th of it."""
         hit_rate = hr_at(self.rank_N, k)
@@ -122,7 +117,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 class Bootstrap:
-    """Means of many rows over the same resampled users (S draws of U users with replacement).
+    """Mean NDCG@10 of rows over the same resampled users (S draws of U users with replacement).
 
     Users, not events: a user's events aren't independent. What is compared shares its users, so
     differences and ratios of rows are paired.
@@ -137,21 +132,14 @@ class Bootstrap:
     True
     """
 
-    def __init__(
-        self,
-        outcomes: Mapping[str, Outcome],
-        *,
-        gain: Callable[[Ranks], Gains] = lambda rank_N: gains_at(rank_N, 10),
-        samples: int = SAMPLES,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, outcomes: Mapping[str, Outcome]) -> None:
         users = np.unique(np.concatenate([o.user_N for o in outcomes.values()]))
-        rng = np.random.default_rng(seed)
-        weight_SU = rng.multinomial(len(users), np.full(len(users), 1 / len(users)), samples)
+        rng = np.random.default_rng(0)
+        weight_SU = rng.multinomial(len(users), np.full(len(users), 1 / len(users)), SAMPLES)
         self.mean: dict[str, float] = {}
         self._mean_S: dict[str, Gains] = {}
         for name, outcome in outcomes.items():
-            gain_N = gain(outcome.rank_N)
+            gain_N = gains_at(outcome.rank_N, 10)
             at_N = np.searchsorted(users, outcome.user_N)
             sum_U = np.bincount(at_N, gain_N, minlength=len(users))
             count_U = np.bincount(at_N, minlength=len(users))

@@ -37,7 +37,6 @@ from ray_jobs.warm_up import state_of, warm_up
 from services.core.catalog import Catalog
 from services.core.metrics import Ranks
 from services.core.models.recommender import Recommender
-from services.core.models.student import Student
 from services.core.models.teacher import Teacher
 from services.core.settings import Settings
 
@@ -224,7 +223,6 @@ class Distilled:
 
     student: Outcome
     frozen: Outcome
-    model: Student
 
 
 def distil(
@@ -234,11 +232,10 @@ def distil(
     kept: Mapping[int, Path],
     seed: int,
     say: Say,
-    first: int | None = None,
     last: int | None = None,
 ) -> Distilled:
-    """Warm up on all before `first` (default: the half), then predict and learn up to `last`."""
-    first = events.half if first is None else first
+    """Warm up on the first half, then predict and learn up to `last`."""
+    first = events.half
     last = len(events) if last is None else last
     begin_s = time.monotonic()
     say(0.0, "warming up")
@@ -266,7 +263,7 @@ def distil(
         for name in ("student", "frozen_student")
     )
     frozen = replace(frozen, cost=replace(cost, train_s=warm_s))
-    return Distilled(student=student, frozen=frozen, model=state.student)
+    return Distilled(student=student, frozen=frozen)
 
 
 class Heard:

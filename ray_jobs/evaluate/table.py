@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 from ray_jobs.evaluate.results import Bootstrap, Outcome
 from services.core.metrics import gains_at
 
+PLOTTED_PARTS = 25
+
 Line = Mapping[str, Any]  # column -> value; a pair of numbers is an interval
 
 
-def quality_lines(
-    outcomes: Mapping[str, Outcome], bootstrap: Bootstrap, *, k: int = 10
-) -> list[Line]:
+def quality_lines(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[Line]:
     """One line a row: metrics, the interval of what the bootstrap is of, costs."""
     return [
         {
             "row": name,
-            **outcome.metrics(k),
+            **outcome.metrics(),
             "interval": bootstrap.interval(itemgetter(name)),
             **vars(outcome.cost),
         }
@@ -63,14 +63,14 @@ def plot_bars(lines: Sequence[Line], path: Path, *, metric: str, title: str) -> 
     figure.savefig(path, dpi=120)
 
 
-def plot_over(outcomes: Mapping[str, Outcome], path: Path, *, title: str, parts: int = 25) -> None:
+def plot_over(outcomes: Mapping[str, Outcome], path: Path, *, title: str) -> None:
     """NDCG@10 along the stream, each point the mean of an equal part of it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for name, outcome in outcomes.items():
-        pieces = np.array_split(gains_at(outcome.rank_N, 10), parts)
+        pieces = np.array_split(gains_at(outcome.rank_N, 10), PLOTTED_PARTS)
         ends = np.cumsum([len(piece) for piece in pieces])
         axes.plot(ends, [piece.mean() for piece in pieces], label=name)
     axes.set_xlabel("events of the second half")

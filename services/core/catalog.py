@@ -48,9 +48,6 @@ class Catalog:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __contains__(self, item_id: object) -> bool:
-        return item_id in self._row_of
-
     def add(self, item_ids: Iterable[str]) -> NDArray[np.int64]:
         """The items' rows, in order; an item not seen before gets the next free row."""
         rows = []

@@ -78,6 +78,12 @@ class EventType(StrEnum):
     IMPRESSION = "impression"
 
 
+# They enter histories and are learned: the user chose the item.
+INTERACTIONS: Final = tuple(
+    kind.value for kind in EventType if kind not in (EventType.IMPRESSION, EventType.SKIP)
+)
+
+
 class _Contract(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -98,8 +104,7 @@ class Event(_Contract):
 
     @property
     def is_interaction(self) -> bool:
-        """Whether it enters histories and is learned: the user chose the item."""
-        return self.type not in (EventType.IMPRESSION, EventType.SKIP)
+        return self.type.value in INTERACTIONS
 
 
 class Item(_Contract):

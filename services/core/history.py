@@ -5,18 +5,15 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from services.core.eventlog import Arrived
-from services.core.events import Event, EventType
-
-INTERACTIONS: Final = tuple(
-    kind.value for kind in EventType if kind not in (EventType.IMPRESSION, EventType.SKIP)
-)
+from services.core.events import INTERACTIONS, Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +174,8 @@ def histories_as_of(
     user_rows = pc.index_in(events["user_id"], value_set=wanted).to_numpy()
     by_user = np.argsort(user_rows, kind="stable")
     events, user_rows = events.take(pa.array(by_user)), user_rows[by_user]
-    times = _milliseconds(events["timestamp"])
-    arrivals = _milliseconds(events["arrival"])
+    times = milliseconds(events["timestamp"])
+    arrivals = milliseconds(events["arrival"])
     row_of = {user_id: row for row, user_id in enumerate(wanted.to_pylist())}
 
     histories = []
@@ -203,5 +200,6 @@ def histories_as_of(
     return histories
 
 
-def _milliseconds(times: pa.ChunkedArray) -> np.ndarray:
+def milliseconds(times: pa.ChunkedArray) -> NDArray[np.int64]:
+    """A column of a log's timestamps as UTC milliseconds."""
     return times.cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64()).to_numpy()

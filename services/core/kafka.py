@@ -171,9 +171,9 @@ def read_up_to(
             yield from records
 
 
-def lag(settings: Settings, topic: str = EVENTS, *, group: str = GROUP) -> dict[int, int]:
-    """Per partition how many records `group` has not committed yet."""
-    with _opened(settings, partial(make_consumer, group=group)) as consumer:
+def lag(settings: Settings, topic: str = EVENTS) -> dict[int, int]:
+    """Per partition how many records the feature workers have not committed yet."""
+    with _opened(settings, partial(make_consumer, group=GROUP)) as consumer:
         return {
             partition: end - (consumer.committed(TopicPartition(topic, partition)) or 0)
             for partition, end in _end_offsets(settings, consumer, topic).items()

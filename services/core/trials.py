@@ -14,8 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.events import EventType
-from services.core.history import INTERACTIONS
+from services.core.events import INTERACTIONS, EventType
 
 CANDIDATE: Final = "candidate"
 SERVING: Final = "serving"

@@ -1,19 +1,17 @@
 """From the body of a request to records for Kafka, and a reason for each that is none. Pure."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from pydantic import BaseModel, Field
 from pydantic_core import from_json, to_json
 
 from services.core.errors import InvalidEventError, shown
-from services.core.events import Event, Item, decode_event, decode_item, encode
+from services.core.events import EVENTS, Event, decode_event, decode_item, encode
 from services.core.kafka import MAX_RECORD_BYTES
 
 NDJSON: Final = "application/x-ndjson"
-
-Record = TypeVar("Record", Event, Item)
 
 
 class Rejected(BaseModel):
@@ -57,27 +55,13 @@ def load_json(raw: bytes) -> Any:
         raise InvalidEventError(field="", value=None, fix=f"is not JSON ({error})") from None
 
 
-def parse_events(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
-    def decode(record: bytes) -> Event:
-        return decode_event(record, arrival_ms=arrival_ms, max_future_s=max_future_s)
-
-    return _parse(raw, decode, key=lambda event: event.user_id)
-
-
-def parse_items(raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
-    def decode(record: bytes) -> Item:
-        return decode_item(record, arrival_ms=arrival_ms, max_future_s=max_future_s)
-
-    return _parse(raw, decode, key=lambda item: item.item_id)
-
-
-def _parse(
-    raw: Iterable[bytes], decode: Callable[[bytes], Record], *, key: Callable[[Record], str]
-) -> Batch:
+def parse(topic: str, raw: Iterable[bytes], *, arrival_ms: int, max_future_s: float) -> Batch:
+    """Records for a topic, events by their user and items by their own id."""
+    decode = decode_event if topic == EVENTS else decode_item
     batch = Batch()
     for index, given in enumerate(raw):
         try:
-            record = decode(given)
+            record = decode(given, arrival_ms=arrival_ms, max_future_s=max_future_s)
             value = encode(record)
             if len(value) > MAX_RECORD_BYTES:
                 raise InvalidEventError(
@@ -86,7 +70,8 @@ def _parse(
         except InvalidEventError as error:
             batch.rejected.append(rejection(index, error))
         else:
-            batch.valid.append((key(record).encode(), value))
+            key = record.user_id if isinstance(record, Event) else record.item_id
+            batch.valid.append((key.encode(), value))
     return batch
 
 

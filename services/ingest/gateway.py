@@ -52,8 +52,7 @@ from services.ingest.batch import (
     Answer,
     Batch,
     load_json,
-    parse_events,
-    parse_items,
+    parse,
     rejection,
     split,
 )
@@ -127,7 +126,10 @@ def create_app(settings: Settings) -> FastAPI:
         keys.check(request.headers.get("authorization"), role)
 
     async def accept(
-        request: Request, topic: str, counter: Counter, parse: Callable[[bytes, str], Batch]
+        request: Request,
+        topic: str,
+        counter: Counter,
+        amend: Callable[[bytes], bytes] = lambda body: body,
     ) -> JSONResponse:
         let_in(request, "produce")
         async with held.body(request, max_bytes=settings.max_body_bytes) as body:
@@ -136,7 +138,12 @@ def create_app(settings: Settings) -> FastAPI:
             deadline = time.monotonic() + settings.kafka_timeout_s
 
             def work() -> Batch:
-                batch = parse(body, content_type)
+                batch = parse(
+                    topic,
+                    records(amend(body), content_type),
+                    arrival_ms=_now_ms(),
+                    max_future_s=settings.max_future_s,
+                )
                 publisher.publish(topic, batch.valid, deadline=deadline)
                 return batch
 
@@ -165,20 +172,6 @@ def create_app(settings: Settings) -> FastAPI:
             )
         return found
 
-    def events(body: bytes, content_type: str) -> Batch:
-        return parse_events(
-            records(body, content_type),
-            arrival_ms=_now_ms(),
-            max_future_s=settings.max_future_s,
-        )
-
-    def items(body: bytes, content_type: str) -> Batch:
-        return parse_items(
-            records(body, content_type),
-            arrival_ms=_now_ms(),
-            max_future_s=settings.max_future_s,
-        )
-
     @app.post("/v1/events", status_code=202, **_documented("Event", EVENT_EXAMPLE))
     async def post_events(request: Request) -> Response:
         """Take one event (a JSON object), or many (a JSON array, or NDJSON).
@@ -187,22 +180,21 @@ def create_app(settings: Settings) -> FastAPI:
         wrong with each of the others; sending the whole batch again is harmless, since an
         `event_id` counts once. 503: retry the whole request.
         """
-        return await accept(request, EVENTS, metrics.accepted, events)
+        return await accept(request, EVENTS, metrics.accepted)
 
     @app.post("/v1/items", status_code=202, **_documented("Item", ITEM_EXAMPLE))
     async def post_items(request: Request) -> Response:
         """Take metadata of items, in the same forms as events; the latest one of an item holds."""
-        return await accept(request, ITEMS, metrics.items, items)
+        return await accept(request, ITEMS, metrics.items)
 
     @app.put("/v1/items/{item_id:anything}", status_code=202, **_documented("Item", ITEM_EXAMPLE))
     async def put_item(item_id: str, request: Request) -> Response:
         """Take one item's metadata; `item_id` may be left out of the body."""
 
-        def item(body: bytes, _: str) -> Batch:
-            exact = id_after("/v1/items/", request, field="item_id")
-            return items(_with_item_id(body, exact), "application/json")
+        def named(body: bytes) -> bytes:
+            return _with_item_id(body, id_after("/v1/items/", request, field="item_id"))
 
-        return await accept(request, ITEMS, metrics.items, item)
+        return await accept(request, ITEMS, metrics.items, named)
 
     @app.delete("/v1/users/{user_id:anything}", status_code=202, response_model=Answer)
     async def delete_user(user_id: str, request: Request) -> Response:

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from services.core.eventlog import ITEMS_RECORDS, EventLog
-from services.core.events import EVENTS, ITEMS
+from services.core.events import EVENTS, INTERACTIONS, ITEMS
 from services.core.features import FeatureStore
-from services.core.history import INTERACTIONS, ItemStats, Popularity
+from services.core.history import ItemStats, Popularity
 from services.core.settings import Settings
 from services.core.spans import Span, SpanFiles
 from services.ingest import offline
@@ -107,7 +107,6 @@ class RollUp:
     """Writes what changed since the last time, online and offline."""
 
     def __init__(self, settings: Settings, features: FeatureStore) -> None:
-        self._settings = settings
         self._features = features
         self._events = EventLog(settings.offline, EVENTS)
         self._items = EventLog(settings.offline, ITEMS)

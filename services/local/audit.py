@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pyarrow.fs
 
+from ray_jobs.stop_file import RUN
 from services.core.eventlog import EventLog, epoch_of, kafka_offset
 from services.core.events import EVENTS, MAX_TIMESTAMP_MS
 from services.core.features import FeatureStore
@@ -113,10 +114,10 @@ def audit_state(
     ]
 
 
-def newest_ledger(checkpoints: str, *, run: str = "distill_student") -> dict[int, Ranges]:
+def newest_ledger(checkpoints: str) -> dict[int, Ranges]:
     """What the newest checkpoint of the distillation job says it has learned, of all workers."""
     fs, root = filesystem(checkpoints)
-    selector = pyarrow.fs.FileSelector(f"{root}/{run}", recursive=True, allow_not_found=True)
+    selector = pyarrow.fs.FileSelector(f"{root}/{RUN}", recursive=True, allow_not_found=True)
     owns = [i.path for i in fs.get_file_info(selector) if i.path.endswith("/own.json")]
     newest = max((path.rsplit("/", 2)[0] for path in owns), default="")
     ledger: dict[int, Ranges] = {}

@@ -53,31 +53,11 @@ class Client:
 
     def send(self, body: bytes) -> dict[str, Any]:
         """Post one JSON event, an array, or NDJSON. Returns `accepted` and the `rejected` ones."""
-        response = self._post(
-            f"{self._gateway}/v1/events",
-            content=body,
-            headers={
-                "content-type": "application/x-ndjson" if _is_ndjson(body) else JSON,
-                **self._keys.header("produce"),
-            },
-        )
-        if response.status_code not in (202, 207, 422):
-            raise UnavailableError(f"the gateway answered {response.status_code}: {response.text}")
-        return dict(response.json())
+        return self._send("/v1/events", body)
 
     def put_items(self, body: bytes) -> dict[str, Any]:
-        """Post a JSON array or NDJSON of items' metadata."""
-        response = self._post(
-            f"{self._gateway}/v1/items",
-            content=body,
-            headers={
-                "content-type": "application/x-ndjson" if _is_ndjson(body) else JSON,
-                **self._keys.header("produce"),
-            },
-        )
-        if response.status_code not in (202, 207, 422):
-            raise UnavailableError(f"the gateway answered {response.status_code}: {response.text}")
-        return dict(response.json())
+        """The same with items' metadata."""
+        return self._send("/v1/items", body)
 
     def recommend(
         self,
@@ -107,6 +87,19 @@ class Client:
             )
         if response.status_code != 200:
             raise UnavailableError(f"no answer ({response.status_code}): {response.text}")
+        return dict(response.json())
+
+    def _send(self, path: str, body: bytes) -> dict[str, Any]:
+        response = self._post(
+            f"{self._gateway}{path}",
+            content=body,
+            headers={
+                "content-type": "application/x-ndjson" if _is_ndjson(body) else JSON,
+                **self._keys.header("produce"),
+            },
+        )
+        if response.status_code not in (202, 422):
+            raise UnavailableError(f"the gateway answered {response.status_code}: {response.text}")
         return dict(response.json())
 
     def _post(self, url: str, **options: Any) -> httpx.Response:

@@ -30,6 +30,7 @@ from services.local.promises import Promise
 from services.local.replay import keyed_lines
 from services.local.waiting import alongside, wait
 
+DATASET: Final = "ml-100k"
 HISTORY: Final = 6_000  # events in the log before the first teacher
 RATE: Final = 50.0  # events/s meanwhile
 BACKLOG: Final = 20_000  # events for each worker, where scaling is measured
@@ -73,10 +74,9 @@ class Drained:
 class Feed:
     """A real log's events straight to Kafka; `acknowledged` is the ledger: event id -> when."""
 
-    def __init__(self, settings: Settings, *, dataset: str = "ml-100k") -> None:
-        log = load(dataset, home=settings.home, data=settings.data)
+    def __init__(self, settings: Settings) -> None:
+        log = load(DATASET, home=settings.home, data=settings.data)
         self._lines = enumerate(keyed_lines(log, first=0, last=None))
-        self._dataset = dataset
         self._producer = make_producer(settings)
         self.acknowledged: dict[str, float] = {}
 
@@ -87,7 +87,7 @@ class Feed:
         ]
         for number, future in sent:
             future.get(timeout=ACK_TIMEOUT_S)
-            self.acknowledged[f"{self._dataset}-{number}"] = time.monotonic()
+            self.acknowledged[f"{DATASET}-{number}"] = time.monotonic()
 
     @contextmanager
     def flowing(self, rate: float) -> Iterator[None]:

@@ -26,7 +26,6 @@ def replay(
     rate: float,
     skip: int,
     limit: int | None,
-    progress: Progress = lambda _: None,
 ) -> int:
     """Send a log through the gateway at `rate` events/s (0: as fast as it takes them)."""
     log = load(dataset, home=settings.home, data=settings.data)
@@ -36,7 +35,6 @@ def replay(
         sent = 0
         for batch in paced(stream, rate=rate):
             sent += send_batch(client, batch)
-            progress(sent)
     return sent
 
 
@@ -48,7 +46,7 @@ def send_items(client: Client, log: InteractionLog) -> None:
 
 
 def send_batch(client: Client, lines: list[bytes]) -> int:
-    """Post events as NDJSON; every one must be accepted."""
+    """Post events as one array; every one must be accepted."""
     answer = client.send(b"[" + b",".join(lines) + b"]")
     _check(answer)
     return int(answer["accepted"])

@@ -1,6 +1,6 @@
 """The best items for every user in the log, as Parquet: a Ray Data job for e-mail, warm caches.
 
-    ray job submit --runtime-env-json "$(reflux env)" -- \
+    ray job submit --working-dir . --runtime-env-json "$(reflux env)" -- \
         python -m services.recommend.everyone --out s3://bucket/answers -n 10
 
 Histories come from the offline log, exact up to its end; one student version answers all. The
@@ -117,7 +117,9 @@ class Ranker:
         self._request = RecommendRequest(n=n)
         with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
             registry = Registry(settings.registry)
-            self._model = load(registry.fetch("student", version, Path(aside)))
+            self._model = load(
+                registry.fetch("student", version, Path(aside)), exact_items=settings.exact_items
+            )
 
     def __call__(self, events: pa.Table) -> pa.Table:
         return answers(self._model, events, self._request, limit=self._limit, now_ms=self._now_ms)

@@ -20,7 +20,6 @@ from services.recommend.polling import Polling
 from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
-EXACT_ITEMS: Final = 100_000
 CATALOG: Final = "catalog.parquet"
 RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
 
@@ -40,7 +39,7 @@ class LiveModel:
         *,
         poll_s: float,
         telemetry: Telemetry,
-        exact_items: int = EXACT_ITEMS,
+        exact_items: int,
         shared: Path | None = None,
     ) -> None:
         """`shared`: see `Fetched`."""
@@ -109,7 +108,7 @@ def load(
     directory: Path,
     previous: Model | None = None,
     *,
-    exact_items: int = EXACT_ITEMS,
+    exact_items: int,
     share: bool = False,
 ) -> Model:
     """The model in a directory that `Registry.fetch` gave; what it has in common with the

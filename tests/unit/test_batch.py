@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.batch import parse_events, split
+from services.core.events import EVENTS
+from services.ingest.batch import parse, split
 
 NUMBERS = st.integers() | st.sampled_from([2**63, 2**64, 10**30, 1e308]) | st.floats()
 VALUES = st.none() | NUMBERS | st.text() | st.lists(NUMBERS, max_size=2)
@@ -23,7 +24,7 @@ EVENT = {"event_id": "1", "user_id": "2", "item_id": "3", "type": "view", "times
     ],
 )
 def test_what_stood_there_can_be_answered_in_json(raw: bytes, shown: object) -> None:
-    (rejected,) = parse_events([raw], arrival_ms=0, max_future_s=0).rejected
+    (rejected,) = parse(EVENTS, [raw], arrival_ms=0, max_future_s=0).rejected
     assert rejected.value == shown
     json.dumps(rejected.model_dump(), allow_nan=False)
 
@@ -33,7 +34,7 @@ def test_an_array_takes_what_its_records_alone_would_be(changes: list[dict[str, 
     records = [json.dumps(EVENT | change).encode() for change in changes]
     array = b"[" + b",".join(records) + b"]"
     together, alone = (
-        parse_events(raw, arrival_ms=10, max_future_s=0)
+        parse(EVENTS, raw, arrival_ms=10, max_future_s=0)
         for raw in (split(array, content_type="application/json"), records)
     )
     assert together.valid == alone.valid

@@ -13,7 +13,7 @@ from tests import students
 
 
 def live(registry: Registry, shared: Path) -> LiveModel:
-    return LiveModel(registry, poll_s=60.0, telemetry=Telemetry(), shared=shared)
+    return LiveModel(registry, poll_s=60.0, telemetry=Telemetry(), exact_items=100, shared=shared)
 
 
 def promote(registry: Registry, aside: Path, *, seed: int = 0) -> Path:

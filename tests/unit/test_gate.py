@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ray_jobs.gate import Bar, Evidence, Gains, Lists, distinctness, judge, transferability
+from ray_jobs.gate import Bar, Evidence, Gains, Lists, distinctness, judge
 
 BAR = Bar()
 RNG = np.random.default_rng(0)
@@ -64,7 +64,3 @@ def test_a_few_events_are_no_proof_that_a_candidate_is_worse() -> None:
 def test_distinctness_is_zero_for_one_list_for_all_and_near_one_for_unlike_ones() -> None:
     assert distinctness(ALIKE) == 0.0
     assert distinctness(VARIED) > 0.9
-
-
-def test_transferability_is_the_share_of_the_teachers_lead_that_arrives() -> None:
-    assert transferability(student=0.14, hard_only=0.12, teacher=0.16) == pytest.approx(0.5)

@@ -42,7 +42,7 @@ def test_no_damaged_version_silences_a_replica(
     """`published`: it was damaged before its hashes were taken, so that only loading can tell."""
     tmp_path = tmp_path_factory.mktemp("live")
     registry = Registry(str(tmp_path / "registry"))
-    live = LiveModel(registry, poll_s=60.0, telemetry=Telemetry())
+    live = LiveModel(registry, poll_s=60.0, telemetry=Telemetry(), exact_items=100)
     registry.promote("student", students.publish(registry, tmp_path), "good")
     live.look()
     stored = Path(registry.uri, "student", "000002")

@@ -32,7 +32,9 @@ def main() -> None:
     registry = Registry(settings.registry)
     with tempfile.TemporaryDirectory() as aside:
         version = registry.serving("student").version
-        model = load(registry.fetch("student", version, Path(aside)))
+        model = load(
+            registry.fetch("student", version, Path(aside)), exact_items=settings.exact_items
+        )
     histories = FeatureStore(settings, timeout_s=30.0).read_users(given["user_ids"])
     random.Random(0).shuffle(histories)
     request, now_ms = RecommendRequest(n=given["n"]), time.time_ns() // 1_000_000

@@ -39,10 +39,8 @@ class Plan:
     seconds: float
     rate: float = 0.0  # requests per second; 0: closed loop
     connections: int = 16
-    path: str = "/v1/recommendations"
     authorization: str = ""
     n: int = 10
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class Load:
 
     async def run(self) -> Measured:
         plan = self.plan
-        chosen = random.Random(plan.seed).choices(plan.user_ids, k=PREPARED)
+        chosen = random.Random(0).choices(plan.user_ids, k=PREPARED)
         self._requests = [_request(plan, user_id) for user_id in chosen]
         self._next = 0
         connections = [Connection(self) for _ in range(plan.connections)]
@@ -230,7 +228,7 @@ class Connection(asyncio.Protocol):
 def _request(plan: Plan, user_id: str) -> bytes:
     body = json.dumps({"user_id": user_id, "n": plan.n}).encode()
     head = [
-        f"POST {plan.path} HTTP/1.1",
+        "POST /v1/recommendations HTTP/1.1",
         f"host: {plan.host}:{plan.port}",
         "content-type: application/json",
         f"content-length: {len(body)}",
