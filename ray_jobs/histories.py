@@ -18,6 +18,7 @@ EventRows = npt.NDArray[np.void]
 
 SAMPLE_CAP = 256  # events beyond which a user is not drawn more often
 SAMPLE_TRIES = 512  # draws before making do with nobody: one in 20,000 where each has 5 events
+MOST_ONLY_SHOWN = 100_000  # users who have no events, only a list that they were shown
 
 
 @dataclass(slots=True)
@@ -39,7 +40,9 @@ class Histories:
             raise ValueError(f"keep={keep}: must be at least 1")
         self._keep = keep
         self._users: dict[str, _User] = {}
-        self._ids: dict[int, list[str]] = {}  # by partition, in the order met, for `sample`
+        # Of those with events, by partition, in the order met: for `sample`.
+        self._ids: dict[int, list[str]] = {}
+        self._only_shown: dict[str, None] = {}  # the others, in the order met
 
     def __len__(self) -> int:
         return len(self._users)
@@ -60,7 +63,11 @@ class Histories:
 
     def put(self, user_id: str, events: EventRows, *, partition: int) -> None:
         """Replace what is known of a user; the oldest beyond `keep` are forgotten."""
-        user = self._meet(user_id, partition)
+        user = self._users.get(user_id)
+        if user is None or user_id in self._only_shown:
+            self._only_shown.pop(user_id, None)
+            user = self._users.setdefault(user_id, _User(partition))
+            self._ids.setdefault(user.partition, []).append(user_id)
         user.events = events[-self._keep :].copy()
 
     def forget(self, user_id: str) -> bool:
@@ -68,12 +75,20 @@ class Histories:
         user = self._users.pop(user_id, None)
         if user is None:
             return False
-        self._ids[user.partition].remove(user_id)
+        if user_id in self._only_shown:
+            del self._only_shown[user_id]
+        else:
+            self._ids[user.partition].remove(user_id)
         return True
 
     def show(self, user_id: str, rows: npt.NDArray[np.int32], *, partition: int) -> None:
         """Remember the list that was shown; the user's next interaction answers it."""
-        self._meet(user_id, partition).shown = rows
+        if user_id not in self._users:
+            self._users[user_id] = _User(partition)
+            self._only_shown[user_id] = None
+            if len(self._only_shown) > MOST_ONLY_SHOWN:
+                self.forget(next(iter(self._only_shown)))
+        self._users[user_id].shown = rows
 
     def answer(self, user_id: str) -> npt.NDArray[np.int32] | None:
         """Take the list that awaits the user's answer, if there is one."""
@@ -95,13 +110,6 @@ class Histories:
             if rng.random() * SAMPLE_CAP < len(self.of(user_id)):
                 return user_id
         return None
-
-    def _meet(self, user_id: str, partition: int) -> _User:
-        user = self._users.get(user_id)
-        if user is None:
-            user = self._users[user_id] = _User(partition)
-            self._ids.setdefault(partition, []).append(user_id)
-        return user
 
     def to_table(self) -> pa.Table:
         """One line per user: user_id, partition, shown, and the columns of `EVENT` as lists."""
@@ -141,9 +149,12 @@ class Histories:
             partitions = table["partition"].to_pylist()
             for i, shown in enumerate(table["shown"].to_pylist()):
                 if partitions[i] % world == rank:
-                    user = histories._meet(ids[i], partitions[i])
-                    user.events = events[ends[i] : ends[i + 1]].copy()
-                    user.shown = None if shown is None else np.array(shown, np.int32)
+                    own = events[ends[i] : ends[i + 1]]
+                    if len(own):
+                        histories.put(ids[i], own, partition=partitions[i])
+                    if shown is not None:
+                        listed = np.array(shown, np.int32)
+                        histories.show(ids[i], listed, partition=partitions[i])
         return histories
 
 

@@ -140,6 +140,27 @@ def test_users_with_few_events_are_drawn_too() -> None:
     assert all(histories.sample(np.random.default_rng(seed), partition=0) for seed in range(100))
 
 
+def test_users_who_were_only_shown_a_list_are_bounded_and_in_nobodys_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray_jobs.histories.MOST_ONLY_SHOWN", 2_000)
+    histories = Histories(keep=10)
+    take_in(histories, [("active", row, row) for row in range(1, 6)])
+    listed = np.arange(1, 11, dtype=np.int32)
+    for number in range(2_001):
+        histories.show(f"passer-by-{number}", listed, partition=0)
+    assert "passer-by-0" not in histories and len(histories) == 2_001
+    kept = Histories.from_tables([histories.to_table()], keep=10)
+    rng = np.random.default_rng(0)
+    for own in (histories, kept):
+        drawn = [own.sample(rng, partition=0) for _ in range(20)]
+        assert drawn == ["active"] * 20
+        take_in(own, [("passer-by-7", 3, 9)])
+        assert own.answer("passer-by-7") is not None
+        assert own.forget("passer-by-7") and own.forget("passer-by-8")
+        assert own.sizes() == {0: 1}
+
+
 def test_one_pass_brings_every_event_once_the_latest_first_choice() -> None:
     histories = Histories(keep=300)
     histories.put("old", events(range(1, 8), range(7)), partition=0)
