@@ -346,6 +346,7 @@ class Distiller:
         if self._taught and any(self._peers.gather(len(self.state.histories) > 0)):
             self._learn()
             warm_up(self.state, self._teachers, self._config, self._peers)
+            self.publisher.forget_gains()
             self.state.frozen = copy.deepcopy(self.state.student)
             self._publish()
             self.checkpoint()

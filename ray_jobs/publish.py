@@ -8,7 +8,6 @@ next version puts right what serves. Going back halves the learning rate, a proo
 """
 
 import copy
-import itertools
 import logging
 import tempfile
 from importlib.metadata import version as package_version
@@ -38,6 +37,7 @@ logger = logging.getLogger(__name__)
 FEATURE_SERVICE = "recommender_v1"
 RECENT_EVENTS = 20_000  # the gate looks no further back
 MIN_LEARNING_RATE = 1e-5
+MOST_ARRIVALS = 100_000  # of events that no version tells of yet
 K = 10
 
 
@@ -65,7 +65,7 @@ class Publisher:
         self._telemetry = telemetry
         self._gains: list[tuple[Gains, Gains]] = []  # of the student, of the proved; all workers'
         self._own_gains: list[tuple[Gains, Gains]] = []  # the same, not yet told to the others
-        self._arrivals_ms: list[NDArray[np.int64]] = []
+        self._arrivals_ms = np.zeros(0, np.int64)
         self._positions: dict[int, int] = {}  # as of the newest version
         self._teacher: int | None = None  # the same
 
@@ -81,8 +81,14 @@ class Publisher:
         if proved is not None:
             self._own_gains.append((gains_at(student, K), gains_at(proved, K)))
 
+    def forget_gains(self) -> None:
+        """The student is another one: nothing speaks for or against it yet."""
+        self._gains.clear()
+        self._own_gains.clear()
+
     def learned(self, arrivals_ms: NDArray[np.int64]) -> None:
-        self._arrivals_ms.append(arrivals_ms)
+        known = np.concatenate([self._arrivals_ms, arrivals_ms])
+        self._arrivals_ms = known[-MOST_ARRIVALS:]  # else without end, while nothing can be written
 
     def publish(self, probe: MicroBatch) -> Verdict:
         """Judge the student, publish it with the verdict, promote it or keep it.
@@ -106,9 +112,7 @@ class Publisher:
             verdict = Verdict(promoted=False, reason=reason)
         qualities = self._peers.gather(state.quality)
         positions = _merged(self._peers.gather(state.positions))
-        arrivals_ms = np.concatenate(
-            [np.zeros(0, np.int64), *itertools.chain(*self._peers.gather(self._arrivals_ms))]
-        )
+        arrivals_ms = np.concatenate(self._peers.gather(self._arrivals_ms))
         written = self._peers.rank != 0 or self._try_to_write(
             verdict, qualities, positions, arrivals_ms
         )
@@ -125,7 +129,7 @@ class Publisher:
                 self._prove()
         if pull_back:
             self._back_to_proved()
-        self._arrivals_ms.clear()
+        self._arrivals_ms = self._arrivals_ms[:0]
         state.quality.start_window()
         self._positions = dict(state.positions)
         self._teacher = counters.teacher

@@ -147,7 +147,7 @@ def warm_up(state: State, teachers: Teaching, config: DistillConfig, peers: Peer
         if time.monotonic() - logged_s > LOG_EVERY_S:
             logged_s = time.monotonic()
             logger.info("warm-up: %.0f%%, %d steps in %.0f s", 100 * progress, step, elapsed_s)
-    set_learning_rate(state.optimizer, config.learning_rate)
+    set_learning_rate(state.optimizer, state.counters.learning_rate)
     logger.info(
         "warmed up: %d steps of %d users, %.1f epochs, %.0f s",
         *(step, config.warm_up_users, step / max(per_epoch, 1), time.monotonic() - begin_s),
