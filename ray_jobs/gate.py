@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+TOP = 10  # items of a list; a shorter one holds the whole catalog, the same one for all
+
 Gains = npt.NDArray[np.float64]  # NDCG@10 of each event, in the order of the stream
 Lists = npt.NDArray[np.int32]  # (users, n): the top items of some users
 
@@ -65,7 +67,8 @@ def judge(evidence: Evidence, *, bar: Bar) -> Verdict:
     if not evidence.finite:
         return Verdict(promoted=False, reason="weights or scores are not finite")
     spread = distinctness(evidence.lists)
-    if len(evidence.lists) >= bar.min_users and spread < bar.distinct:
+    enough = len(evidence.lists) >= bar.min_users
+    if enough and evidence.lists.shape[1] == TOP and spread < bar.distinct:
         return Verdict(
             promoted=False,
             reason=f"collapsed: {spread:.0%} of the lists' places differ between users "

@@ -69,7 +69,7 @@ def start_from(student: Student, items: Items) -> None:
     # hidden state having a norm of sqrt(D) where the teacher's has sqrt(T).
     scale = (table_VT.shape[1] / student.config.dim) ** 0.5
     if student.config.ordered:
-        scale = float(student.config.dim**-0.5 / table_VD.std().clamp_min(1e-9))
+        scale = float(student.config.dim**-0.5 / table_VD.std(correction=0).clamp_min(1e-9))
     embedding = student.encoder.item_id.weight
     embedding[1:, :dim] = table_VD * scale
     student.encoder.content.weight.mul_(CONTENT_SHARE)  # the table has it already

@@ -80,9 +80,8 @@ def rank(
     target_M = torch.from_numpy(batch.target_N[part]).to(device)
     target_M = torch.where(target_M < n_rows, target_M, 0)  # row 0: a miss
     ranks_M = ranks_of(scores_MV, target_M, seen_NV=batch.seen(n_rows, part).to(device))
-    # Nothing compares with NaN: without this, broken scores would rank first.
-    broken_M = ~torch.isfinite(scores_MV[:, 1:].sum(1))
-    found: Ranks = torch.where(broken_M, MISS, ranks_M).cpu().numpy()
+    infinite_M = scores_MV[:, 1:].sum(1).isinf()  # broken as well
+    found: Ranks = torch.where(infinite_M, MISS, ranks_M).cpu().numpy()
     return found
 
 

@@ -56,7 +56,8 @@ def plot_bars(lines: Sequence[Line], path: Path, *, metric: str, title: str) -> 
     for at, line in enumerate(reversed(lines)):
         low, high = line["interval"]
         value = line[metric]
-        axes.barh(at, value, xerr=[[value - low], [high - value]], color="tab:blue", alpha=0.8)
+        beside = [[max(0.0, value - low)], [max(0.0, high - value)]]  # of one user: rounding
+        axes.barh(at, value, xerr=beside, color="tab:blue", alpha=0.8)
     axes.set_yticks(range(len(lines)), [line["row"] for line in reversed(lines)])
     axes.set_xlabel(metric)
     axes.set_title(title)

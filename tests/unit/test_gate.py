@@ -50,6 +50,7 @@ def test_a_bad_candidate_is_kept_and_the_reason_says_why(bad: Evidence, reason: 
         evidence(gains=worse_by(0.01)),  # within the tolerance
         evidence(gains=NONE, proved_gains=NONE),  # the first version
         evidence(gains=NONE, proved_gains=NONE, lists=ALIKE[:3]),  # too few users to tell
+        evidence(gains=NONE, proved_gains=NONE, lists=ALIKE[:, :9]),  # the whole catalog
     ],
 )
 def test_an_equal_or_better_candidate_and_the_first_one_are_promoted(good: Evidence) -> None:

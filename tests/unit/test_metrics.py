@@ -18,6 +18,11 @@ def test_a_constant_score_ranks_in_the_middle() -> None:
     assert (ranks_of(scores_NV, torch.arange(1, 6)) == 51).all()
 
 
+def test_scores_that_are_not_numbers_rank_nowhere() -> None:
+    scores_NV = torch.tensor([[-torch.inf, 0.1, 0.2], [-torch.inf, torch.nan, 0.2]])
+    assert ranks_of(scores_NV, torch.tensor([2, 2])).tolist() == [1, MISS]
+
+
 def test_known_values() -> None:
     ranks = np.array([1, 2, 11, MISS])
     assert hr_at(ranks, 10) == 0.5
