@@ -63,7 +63,7 @@ def test_a_demo_shares_nothing_with_what_is_configured(tmp_path: Path) -> None:
         "ray_address": "http://ray",
     }
     uris = dict.fromkeys(("offline_uri", "registry_uri", "checkpoint_uri"), "s3://bucket/x")
-    demo = demo_of(Settings(home=tmp_path, **elsewhere, **uris))
+    demo = demo_of(Settings(home=tmp_path).model_copy(update={**elsewhere, **uris}))
     assert not any(getattr(demo, name) for name in (*elsewhere, *uris))
     for uri in (demo.offline, demo.registry, demo.checkpoints):
         assert uri.startswith(str(tmp_path / "demo"))
