@@ -46,6 +46,7 @@ def work(given: dict[str, Any]) -> None:
     state = resume(recipe, peers)
     own_ray.step_back(recipe.distill.niceness)  # not before: one that comes back is in a hurry
     if state is None:
+        torch.manual_seed(settings.seed)  # a checkpoint of other sizes had its own for each worker
         state = first_state(settings, recipe, peers)
         torch.manual_seed(settings.seed + peers.rank)  # dropout of its own for each
     teachers = Teachers(

@@ -142,8 +142,8 @@ class EventStream:
             settings, max_partition_fetch_bytes=2**20, fetch_max_wait_ms=50
         )
         self.positions = {
-            partition: positions.get(partition, begin)
-            for partition, begin in resume_offsets(settings, self._log).items()
+            partition: positions.get(partition, 0)  # one that the topic has got since
+            for partition in resume_offsets(settings, self._log)
             if partition % world == rank
         }
         self._refused = 0  # not told yet

@@ -122,7 +122,8 @@ def optimizers_of(
     """Muon for the matrices of the blocks, AdamW for the rest: no decay for biases and norms, a
     second moment that forgets in 50 steps, for short runs. `peak`: what the schedule scales."""
     blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is block for block in blocks)]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in learned if not any(p is block for block in blocks)]
     decay = train.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": decay},

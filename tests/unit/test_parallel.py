@@ -20,6 +20,7 @@ from services.core.models.teacher import Teacher
 
 SHARDS, STEPS, N_ITEMS = 2, 6, 50
 TEACHER = replace(recipes.smoke_cpu().teacher, dropout=0.0)  # its noise is each worker's own
+SETS = replace(TEACHER, ordered=False, n_layers=0, n_recent=0)
 TRAIN = replace(recipes.smoke_cpu().train, line_events=16)
 CPU = torch.device("cpu")
 
@@ -42,18 +43,21 @@ def shards() -> tuple[list[Shard], np.ndarray]:
 # How two workers hold a teacher, and what of the catalog they learn against.
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "each all of it": {"sharded": False, "negatives": 0},
+    "each all of one of sets": {"sharded": False, "negatives": 0, "ordered": False},
     "each a part": {"sharded": True, "negatives": 0},
     "each a part, sampled": {"sharded": True, "negatives": 20},
 }
 
 
-def trained(rank: int, world: int, *, sharded: bool, negatives: int, kept: Path) -> list[float]:
+def trained(
+    rank: int, world: int, *, sharded: bool, negatives: int, kept: Path, ordered: bool = True
+) -> list[float]:
     """Two halves with a checkpoint between them; the curve of the loss over all targets."""
     data, popularity = shards()
     curve: list[float] = []
     for half in range(2):
         torch.manual_seed(0)
-        model = Teacher(TEACHER, n_rows=len(popularity))
+        model = Teacher(TEACHER if ordered else SETS, n_rows=len(popularity))
         loss = NextItemLoss(model, popularity=popularity, negatives=negatives, mask_seen=True)
         wrapped = parallel.prepared(
             loss, model, device=CPU, sharded=sharded, rows_apart=negatives > 0

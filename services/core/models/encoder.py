@@ -31,6 +31,9 @@ class Encoder(nn.Module):
             nn.init.normal_(table.weight, std=config.dim**-0.5)
             if table.padding_idx is not None:
                 nn.init.zeros_(table.weight[table.padding_idx].detach())
+        if not config.ordered:  # whose events have neither; DDP waits for every gradient
+            self.event_type.requires_grad_(False)
+            self.gap.requires_grad_(False)
         self.recent = Recent(config) if config.n_recent else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         # Log of what an item counts for in a set: what everybody has says little of who has it.
