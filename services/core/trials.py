@@ -6,7 +6,9 @@ and hits if that item is on it, as the learner counts.
 """
 
 import hashlib
+import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -78,21 +80,16 @@ class Arm:
         return float(found.low), float(found.high)
 
 
-def score(events: pa.Table, trial: Trial) -> dict[str, Arm]:
-    """Both arms of the trial, from rows of the offline log (`COLUMNS`, any order).
+def score(portions: Iterable[pa.Table], trial: Trial) -> dict[str, Arm]:
+    """Both arms of the trial, from portions of the offline log (`COLUMNS`), held one at a time: in
+    order by partition and offset, within a portion any order.
 
     In a shadow trial both are judged by the same interactions; what was shown has the advantage
     that its user saw it.
     """
-    wanted = pc.is_in(
-        events["type"], value_set=pa.array([*INTERACTIONS, EventType.IMPRESSION.value])
-    )
-    rows = events.filter(wanted).sort_by([("partition", "ascending"), ("offset", "ascending")])
     awaiting: dict[str, dict[str, set[str]]] = {}
     counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for user_id, item_id, kind, context in zip(
-        *(rows[name].to_pylist() for name in COLUMNS[:4]), strict=True
-    ):
+    for user_id, item_id, kind, context in itertools.chain.from_iterable(map(_rows, portions)):
         if kind == EventType.IMPRESSION:
             # One outside of the trial ends the wait, too: the user has a newer list.
             awaiting[user_id] = lists = _lists(context, trial)
@@ -103,6 +100,13 @@ def score(events: pa.Table, trial: Trial) -> dict[str, Arm]:
             counts[arm][1] += 1
             counts[arm][2] += item_id in listed
     return {arm: Arm(*counts[arm]) for arm in (SERVING, CANDIDATE)}
+
+
+def _rows(events: pa.Table) -> Iterable[tuple[str, str, str, str | None]]:
+    wanted = pa.array([*INTERACTIONS, EventType.IMPRESSION.value])
+    rows = events.filter(pc.is_in(events["type"], value_set=wanted))
+    rows = rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
+    return zip(*(rows[name].to_pylist() for name in COLUMNS[:4]), strict=True)
 
 
 def _lists(context: str | None, trial: Trial) -> dict[str, set[str]]:

@@ -78,7 +78,9 @@ def compare_arms(settings: Settings) -> dict[str, Any]:
     trial = Registry(settings.registry).trial("student")
     if trial is None:
         raise RefluxError("no student is tried out; `reflux models try VERSION` begins it")
-    arms = score(EventLog(settings.offline).read(columns=COLUMNS), trial)
+    log = EventLog(settings.offline)
+    portions = log.portions(until=log.end())
+    arms = score((log.read_portion(one, columns=COLUMNS) for one in portions), trial)
     return {
         "trial": asdict(trial),
         "arms": {

@@ -60,7 +60,7 @@ def test_a_list_is_answered_by_its_users_next_interaction() -> None:
         ("w", "impression", new),  # never answered
     )
     backwards = rows.take(list(reversed(range(len(rows)))))
-    assert score(backwards, SPLIT) == {SERVING: Arm(2, 1, 0), CANDIDATE: Arm(2, 1, 1)}
+    assert score([backwards], SPLIT) == {SERVING: Arm(2, 1, 0), CANDIDATE: Arm(2, 1, 1)}
 
 
 def test_a_shadow_is_judged_by_what_its_user_did_with_another_list() -> None:
@@ -71,7 +71,7 @@ def test_a_shadow_is_judged_by_what_its_user_did_with_another_list() -> None:
         ("u", "impression", both),
         ("u", "view", "b"),
     )
-    assert score(rows, SHADOW) == {SERVING: Arm(2, 2, 1), CANDIDATE: Arm(2, 2, 2)}
+    assert score([rows[:3], rows[3:]], SHADOW) == {SERVING: Arm(2, 2, 1), CANDIDATE: Arm(2, 2, 2)}
 
 
 def test_the_interval_is_wilsons() -> None:
