@@ -2,6 +2,7 @@
 
     student/ frozen/ proved/    weights and config (safetensors, JSON)
     optimizer.safetensors       moments by parameter name
+    gains.safetensors           what the gate knows of the student
     catalog.parquet
     shared.json                 counters, teacher and student versions
     rank-00000/                 of each worker: histories.parquet, own.json (positions, ledger),
@@ -18,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.histories import Histories
@@ -30,6 +33,7 @@ from services.core.metrics import Prequential
 from services.core.models.student import Student
 
 MANIFEST: Final = "manifest.json"
+GAINS: Final = "gains.safetensors"
 
 Ledger = dict[int, list[list[int]]]  # per partition the ranges [first, next) learned, in order
 
@@ -69,6 +73,9 @@ class State:
     counters: Counters
     frozen: Student | None = None
     proved: Student | None = None
+    # (2, N): what the student and the proved one gained of the same events, all workers', as of the
+    # newest version: the gate's evidence.
+    gains: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)))
 
     def learned(
         self,
@@ -113,6 +120,7 @@ def save(state: State, directory: Path, *, rank: int, world: int = 1) -> None:
             if model is not None:
                 model.save(directory / name)
         save_file(_moments(state.student, state.optimizer), directory / "optimizer.safetensors")
+        save_file({"gains": torch.from_numpy(state.gains).contiguous()}, directory / GAINS)
         pq.write_table(state.catalog.to_table(), directory / "catalog.parquet")
         _write_json(directory / "shared.json", vars(state.counters))
     written = [p for p in directory.rglob("*") if p.is_file() and _is_of(p, directory, rank)]
@@ -162,6 +170,8 @@ def load(directory: Path, *, config: DistillConfig, rank: int = 0, world: int = 
         frozen=_load_if_there(directory / "frozen"),
         proved=_load_if_there(directory / "proved"),
     )
+    if (directory / GAINS).exists():
+        state.gains = load_file(directory / GAINS)["gains"].numpy()
     if len(owns) == world:
         # Last of all, for making a model draws from torch's generator.
         torch.set_rng_state(load_file(ranks[rank] / "rng.safetensors")["torch_rng"])

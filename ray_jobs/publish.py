@@ -8,6 +8,7 @@ next version puts right what serves. Going back halves the learning rate, a proo
 """
 
 import copy
+import itertools
 import logging
 import tempfile
 from importlib.metadata import version as package_version
@@ -63,8 +64,7 @@ class Publisher:
         self._keep = keep
         self._peers = peers
         self._telemetry = telemetry
-        self._gains: list[tuple[Gains, Gains]] = []  # of the student, of the proved; all workers'
-        self._own_gains: list[tuple[Gains, Gains]] = []  # the same, not yet told to the others
+        self._own_gains: list[Gains] = []  # as `State.gains`, not yet told to the others
         self._arrivals_ms = np.zeros(0, np.int64)
         self._positions: dict[int, int] = {}  # as of the newest version
         self._teacher: int | None = None  # the same
@@ -79,12 +79,12 @@ class Publisher:
     def scored(self, student: Ranks, proved: Ranks | None) -> None:
         """Take in one micro-batch's ranks, before it is learned."""
         if proved is not None:
-            self._own_gains.append((gains_at(student, K), gains_at(proved, K)))
+            self._own_gains.append(np.stack([gains_at(student, K), gains_at(proved, K)]))
 
     def forget_gains(self) -> None:
         """The student is another one: nothing speaks for or against it yet."""
-        self._gains.clear()
-        self._own_gains.clear()
+        self._state.gains = self._state.gains[:, :0]
+        self._own_gains = []
 
     def learned(self, arrivals_ms: NDArray[np.int64]) -> None:
         known = np.concatenate([self._arrivals_ms, arrivals_ms])
@@ -96,8 +96,8 @@ class Publisher:
         `probe`: some users' latest sequences, to see whether the answers still differ.
         """
         state, counters = self._state, self._state.counters
-        for told in self._peers.gather(self._own_gains):
-            self._gains += told
+        told = itertools.chain(*self._peers.gather(self._own_gains))
+        state.gains = np.concatenate([state.gains, *told], axis=1)[:, -RECENT_EVENTS:]
         self._own_gains = []
         verdict = self._judge(probe)
         rejected_in_a_row = 0 if verdict.promoted else counters.rejected_in_a_row + 1
@@ -124,7 +124,7 @@ class Publisher:
         counters.rejected_in_a_row = rejected_in_a_row
         if verdict.promoted:
             state.frozen = state.frozen or copy.deepcopy(state.student)
-            n_events = sum(len(student) for student, _ in self._gains)
+            n_events = state.gains.shape[1]
             if state.proved is None or n_events >= self._config.bar.proof_events:
                 self._prove()
         if pull_back:
@@ -152,18 +152,14 @@ class Publisher:
         state.proved = copy.deepcopy(state.student)
         state.counters.proved = state.counters.published
         self._learn_at(min(2 * state.counters.learning_rate, self._config.learning_rate))
-        self._gains.clear()
+        self.forget_gains()
 
     def _learn_at(self, learning_rate: float) -> None:
         self._state.counters.learning_rate = learning_rate
         set_learning_rate(self._state.optimizer, learning_rate)
 
     def _judge(self, probe: MicroBatch) -> Verdict:
-        student, proved = (
-            np.concatenate([np.zeros(0), *gains])[-RECENT_EVENTS:]
-            for gains in (zip(*self._gains, strict=True) if self._gains else ((), ()))
-        )
-        self._gains = [(student, proved)]  # what is further back is never asked for again
+        student, proved = self._state.gains
         finite = all(bool(torch.isfinite(p).all()) for p in self._state.student.parameters())
         evidence = Evidence(
             finite=finite,
@@ -253,7 +249,7 @@ class Publisher:
         state.optimizer = adam(state.student, self._config)
         self._learn_at(self._halved())
         state.counters.rejected_in_a_row = 0
-        self._gains.clear()
+        self.forget_gains()
 
     def _live(self) -> dict[str, float]:
         counters = self._state.counters

@@ -90,6 +90,10 @@ def test_a_run_that_broke_down_and_resumed_equals_one_that_did_not(tmp_path: Pat
         run = distiller(broken, Log(600, abort_at=330), tmp_path / "b", keep=keep)
         while True:
             run.tick()
+    broken.gains = np.arange(20.0).reshape(2, 10)[:, 5:]
+    checkpoint.save(broken, tmp_path / "with gains", rank=0)
+    loaded = checkpoint.load(tmp_path / "with gains", config=CONFIG)
+    assert loaded.gains.tolist() == broken.gains.tolist()
     resumed = checkpoint.load(kept[-1], config=CONFIG)
     at = resumed.positions[0]
     assert 0 < at < 330
