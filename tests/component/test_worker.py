@@ -306,7 +306,7 @@ def test_items_by_kafka_are_logged_whole(own: Settings) -> None:
     assert [item.title for item in features.read_items(["worker-a", "worker-b"])] == ["A2", None]
     logged = EventLog(own.offline, ITEMS).read(columns=["item_id", "vector"]).to_pylist()
     assert logged == [
-        {"item_id": "worker-b", "vector": None},
         {"item_id": "worker-a", "vector": [0.5, 1.0]},
         {"item_id": "worker-a", "vector": None},
+        {"item_id": "worker-b", "vector": None},  # as of its arrival
     ]
