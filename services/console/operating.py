@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.console.guard import Guard
 from services.console.watch import Watcher
-from services.core.access import ray_headers
 from services.core.errors import RefluxError, RegistryError, UnavailableError
+from services.core.ray_dashboard import ray_headers
 from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Who may do what over HTTP: API keys with roles; the token that Ray asks for.
+"""Who may do what over HTTP: API keys with roles. Pure.
 
 `REFLUX_API_KEYS=produce:KEY1,recommend:KEY2,produce+recommend+operate:KEY3`; a caller sends
 `Authorization: Bearer KEY`. Without keys everyone may do everything, which settings allow on
@@ -6,10 +6,7 @@ loopback only.
 """
 
 import hmac
-import os
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from services.core.errors import ForbiddenError, SettingsError, UnauthorizedError
@@ -68,15 +65,3 @@ class Keys:
             if role in roles:
                 return {"authorization": f"Bearer {key.decode()}"}
         return {}
-
-
-def ray_headers() -> dict[str, str]:
-    """What Ray's dashboard asks for where its token auth is on, found where Ray itself looks."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    if not token:
-        path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-        with suppress(OSError):
-            token = Path(path).read_text()
-    return {"authorization": f"Bearer {token.strip()}"}

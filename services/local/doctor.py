@@ -10,8 +10,8 @@ from importlib import metadata
 
 import psutil
 
-from services.core.access import ray_headers
 from services.core.errors import RAY_TOKEN, UnavailableError
+from services.core.ray_dashboard import ray_headers
 from services.core.settings import Settings
 from services.core.stackfile import is_alive, read_stack
 from services.local import processes

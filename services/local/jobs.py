@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from services.core.errors import RAY_TOKEN, RefluxError, UnauthorizedError, UnavailableError
+from services.core.ray_dashboard import WithDeadline
 from services.core.registry import Kind
 from services.core.settings import Settings
 
@@ -22,7 +23,6 @@ MODULES: dict[JobKind, str] = {
 # What a job has no use for; Ray leaves out by itself what .gitignore names.
 # reflux.toml is this machine's, and may have passwords in it.
 NOT_CARRIED = ["/.git", "/.venv", "/.reflux", "/.ci", "/tests", "/deploy", "/reflux.toml"]
-REQUEST_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 90.0  # the last checkpoint may go to an object store
 
 
@@ -52,11 +52,8 @@ class Jobs:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        class WithDeadline(JobSubmissionClient):
-            """Ray's own waits for ever for a dashboard that hangs, and so would the supervisor."""
-
-            def _do_request(self, *args: Any, **given: Any) -> Any:
-                return super()._do_request(*args, **{"timeout": REQUEST_TIMEOUT_S, **given})
+        class Client(WithDeadline, JobSubmissionClient):
+            pass
 
         if not settings.ray_address:
             raise UnavailableError(
@@ -67,7 +64,7 @@ class Jobs:
         self._embedded = embedded
         self._elsewhere = elsewhere
         try:
-            self._client = WithDeadline(settings.ray_address)
+            self._client = Client(settings.ray_address)
         except ConnectionError as error:
             raise UnavailableError(
                 f"ray_address={settings.ray_address!r}: the Jobs API doesn't answer; "

@@ -16,6 +16,7 @@ import httpx
 import yaml
 
 from services.core.errors import RAY_TOKEN, SettingsError, UnauthorizedError, UnavailableError
+from services.core.ray_dashboard import WithDeadline
 from services.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ HAPROXY: Final = Path(__file__).with_name("haproxy-for-serve")
 CONFIG: Final = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 APPLICATION: Final = "reflux"
 TIMEOUT_S: Final = 180.0
-REQUEST_TIMEOUT_S: Final = 20.0  # of one request to Ray's dashboard
 POLL_S: Final = 0.25
 SHED_AT_ONCE: Final = 16  # by one replica, while others wait in the proxy for their refusal
 
@@ -161,15 +161,12 @@ def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
     from ray.exceptions import AuthenticationError
 
-    class WithDeadline(ServeSubmissionClient):
-        """Ray's own waits for ever for a dashboard that hangs."""
-
-        def _do_request(self, *args: Any, **given: Any) -> Any:
-            return super()._do_request(*args, **{"timeout": REQUEST_TIMEOUT_S, **given})
+    class Client(WithDeadline, ServeSubmissionClient):
+        pass
 
     while True:
         try:
-            client = WithDeadline(settings.ray_address)
+            client = Client(settings.ray_address)
             client.get_serve_details()
             return client
         except AuthenticationError:
