@@ -10,7 +10,6 @@ output's `_manifest.json` is written last: without it the output is not whole.
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from services.core.history import histories_as_of
 from services.core.registry import Registry
 from services.core.settings import Settings
 from services.recommend.engine import Model, rank
-from services.recommend.live import load
+from services.recommend.live import load_apart
 from services.recommend.schema import MAX_ITEMS, RecommendRequest
 
 BLOCK_EVENTS: Final = 20_000
@@ -115,11 +114,8 @@ class Ranker:
         torch.set_num_threads(1)
         self._limit, self._now_ms = settings.history_events, now_ms
         self._request = RecommendRequest(n=n)
-        with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
-            registry = Registry(settings.registry)
-            self._model = load(
-                registry.fetch("student", version, Path(aside)), exact_items=settings.exact_items
-            )
+        registry = Registry(settings.registry)
+        self._model = load_apart(registry, version, exact_items=settings.exact_items)
 
     def __call__(self, events: pa.Table) -> pa.Table:
         return answers(self._model, events, self._request, limit=self._limit, now_ms=self._now_ms)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +17,11 @@ from services.recommend.engine import Model, rank
 from services.recommend.fetched import Fetched
 from services.recommend.items import COLUMNS, Items
 from services.recommend.nearest import Nearest
-from services.recommend.polling import Polling
+from services.recommend.polling import Attempts, Polling
 from services.recommend.schema import RecommendRequest
 from services.recommend.telemetry import Telemetry
 
 CATALOG: Final = "catalog.parquet"
-RETRY_S: Final = 5.0  # a version that could not be taken is tried again after this
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ class LiveModel:
         self._fetched, self._share = Fetched(registry, shared), shared is not None
         self._exact_items = exact_items
         self._telemetry = telemetry
-        self._failed: Serving | None = None
-        self._failed_at_s = 0.0
+        self._attempts = Attempts()
         self._complaint = ""
         # On return from `start`, what serves already is there.
         polling = Polling(self.look, poll_s=poll_s, name="live-model")
@@ -61,11 +60,11 @@ class LiveModel:
             serving = self._registry.serving("student")
             if self.model is not None and serving.version == self.model.version:
                 return
-            if serving == self._failed and time.monotonic() < self._failed_at_s + RETRY_S:
+            if not self._attempts.begin(serving):
                 return
-            self._failed, self._failed_at_s = serving, time.monotonic()
             self._take_or_an_earlier(serving)
-            self._failed, self._complaint = None, ""
+            self._attempts.succeed()
+            self._complaint = ""
         except NothingServingError as error:
             self._complain(str(error))
         except Exception as error:  # whatever a broken artifact or file system comes up with
@@ -127,6 +126,12 @@ def load(
         catalog=items,
         nearest=Nearest.build(student, items.popularity) if big else None,
     )
+
+
+def load_apart(registry: Registry, version: int, *, exact_items: int) -> Model:
+    """A version of the registry's, for whoever doesn't follow what serves."""
+    with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
+        return load(registry.fetch("student", version, Path(aside)), exact_items=exact_items)
 
 
 def warm_up(model: Model) -> None:

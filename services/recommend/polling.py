@@ -1,7 +1,11 @@
 """Something looked at again and again, in a thread of its own."""
 
 import threading
+import time
 from collections.abc import Callable
+from typing import Final
+
+RETRY_S: Final = 5.0
 
 
 class Polling:
@@ -25,3 +29,22 @@ class Polling:
     def _keep_up(self) -> None:
         while not self._stop.wait(self._poll_s):
             self._look()
+
+
+class Attempts:
+    """Lets whatever has failed be tried again only `RETRY_S` later."""
+
+    def __init__(self) -> None:
+        self._failed: object = None
+        self._failed_at_s = 0.0
+
+    def begin(self, what: object) -> bool:
+        """Whether to try it now; failed until `succeed`."""
+        now_s = time.monotonic()
+        if what == self._failed and now_s < self._failed_at_s + RETRY_S:
+            return False
+        self._failed, self._failed_at_s = what, now_s
+        return True
+
+    def succeed(self) -> None:
+        self._failed = None

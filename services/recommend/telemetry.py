@@ -7,6 +7,7 @@ up. Behind a proxy before several nodes that is some node's; `NodeMetrics` gives
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
     generate_latest,
     start_http_server,
     values,
@@ -36,19 +38,33 @@ _AGE_S: Final = (
 RETRY_S: Final = 2.0
 
 
+class _Living(MultiProcessCollector):
+    """Without the live gauges of replicas that have ended, whoever asks."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(None, directory)
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        for live in Path(self._directory).glob("gauge_live*.db"):
+            if not psutil.pid_exists(pid := int(live.stem.rpartition("_")[2])):
+                mark_process_dead(pid, self._directory)
+        found: Iterable[Metric] = super().collect()
+        return found
+
+
 class Telemetry:
     """Counters and histograms in a registry of their own: several apps fit in one process."""
 
     def __init__(self) -> None:
         own = self._exposed = CollectorRegistry()
-        self._directory: Path | None = None  # of the files that this node's replicas share
         # What counts is whether the variable stood when prometheus_client was imported: Feast
         # sets one of its own later.
         if values.ValueClass is not values.MutexValue:
-            self._directory = Path(os.environ[MULTIPROCESS])
-            self._directory.mkdir(parents=True, exist_ok=True)
+            directory = os.environ[MULTIPROCESS]
+            Path(directory).mkdir(parents=True, exist_ok=True)
             self._exposed = CollectorRegistry()
-            MultiProcessCollector(self._exposed, str(self._directory))
+            self._exposed.register(_Living(directory))
         self.answers = Counter(
             "reflux_answers", "Answers given", ["status", "fallback"], registry=own
         )
@@ -112,10 +128,6 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """The text that `GET /metrics` answers with."""
-        if self._directory is not None:
-            for live in self._directory.glob("gauge_live*.db"):
-                if not psutil.pid_exists(pid := int(live.stem.rpartition("_")[2])):
-                    mark_process_dead(pid, str(self._directory))
         return generate_latest(self._exposed)
 
 

@@ -1,16 +1,13 @@
 """The version that is tried out, beside the one that answers: noticed, loaded, ended live."""
 
 import logging
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.core.registry import Registry
 from services.core.trials import Trial
 from services.recommend.engine import Model
-from services.recommend.live import RETRY_S, load, warm_up
-from services.recommend.polling import Polling
+from services.recommend.live import load_apart, warm_up
+from services.recommend.polling import Attempts, Polling
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +31,7 @@ class LiveTrial:
         self.running: Running | None = None
         self._registry = registry
         self._exact_items = exact_items
-        self._failed: Trial | None = None
-        self._failed_at_s = 0.0
+        self._attempts = Attempts()
         self._complaint = ""
         polling = Polling(self.look, poll_s=poll_s, name="live-trial")
         self.start, self.stop = polling.start, polling.stop
@@ -45,15 +41,15 @@ class LiveTrial:
         try:
             trial, running = self._registry.trial("student"), self.running
             if trial is not None and (running is None or trial.version != running.trial.version):
-                if trial == self._failed and time.monotonic() < self._failed_at_s + RETRY_S:
+                if not self._attempts.begin(trial):
                     return
-                self._failed, self._failed_at_s = trial, time.monotonic()
                 self.running = None
                 self.running = Running(trial, self._load(trial.version))
                 log.info("student %d is tried out: %s", trial.version, trial.mark)
             else:
                 self.running = Running(trial, running.model) if trial and running else None
-            self._failed, self._complaint = None, ""
+            self._attempts.succeed()
+            self._complaint = ""
         except Exception as error:  # whatever a broken artifact or file system comes up with
             complaint = f"{type(error).__name__}: {error}"
             if complaint != self._complaint:
@@ -62,8 +58,6 @@ class LiveTrial:
                 self._complaint = complaint
 
     def _load(self, version: int) -> Model:
-        with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
-            directory = self._registry.fetch("student", version, Path(aside))
-            model = load(directory, exact_items=self._exact_items)
+        model = load_apart(self._registry, version, exact_items=self._exact_items)
         warm_up(model)
         return model

@@ -118,7 +118,7 @@ def test_what_cannot_be_tried_out_is_not_fetched_at_every_look(
     assert (len(fetched), live.running) == (1, None)
 
     weights.write_bytes(sound)
-    monkeypatch.setattr("services.recommend.trial.RETRY_S", 0.0)
+    monkeypatch.setattr("services.recommend.polling.RETRY_S", 0.0)
     live.look()
     assert live.running is not None and live.running.trial == SPLIT
     pointer = next(Path(registry.uri, "student").glob("*trial*"))

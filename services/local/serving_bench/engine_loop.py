@@ -7,10 +7,8 @@ times on stdout as the generator writes them.
 import json
 import random
 import sys
-import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -19,7 +17,7 @@ from services.core.registry import Registry
 from services.core.settings import Settings
 from services.local.serving_bench.generator import Measured, quantiles_ms
 from services.recommend.engine import rank
-from services.recommend.live import load
+from services.recommend.live import load_apart
 from services.recommend.schema import RecommendRequest
 
 WARM_UP_S = 1.0
@@ -30,11 +28,8 @@ def main() -> None:
     settings, seconds = Settings.load(), float(given["seconds"])
     torch.set_num_threads(1)
     registry = Registry(settings.registry)
-    with tempfile.TemporaryDirectory() as aside:
-        version = registry.serving("student").version
-        model = load(
-            registry.fetch("student", version, Path(aside)), exact_items=settings.exact_items
-        )
+    version = registry.serving("student").version
+    model = load_apart(registry, version, exact_items=settings.exact_items)
     histories = FeatureStore(settings, timeout_s=30.0).read_users(given["user_ids"])
     random.Random(0).shuffle(histories)
     request, now_ms = RecommendRequest(n=given["n"]), time.time_ns() // 1_000_000
