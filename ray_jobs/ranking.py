@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_jobs.gate import Lists
+from ray_jobs.gate import TOP, Lists
 from ray_jobs.microbatch import COLD, MicroBatch
-from services.core.metrics import MISS, Ranks, ranks_of
+from services.core.metrics import Ranks, ranks_of
 from services.core.models.recommender import Recommender
 
 SCORED_AT_ONCE = 512  # targets whose scores over the whole catalog are in memory together
@@ -80,13 +80,12 @@ def rank(
     target_M = torch.from_numpy(batch.target_N[part]).to(device)
     target_M = torch.where(target_M < n_rows, target_M, 0)  # row 0: a miss
     ranks_M = ranks_of(scores_MV, target_M, seen_NV=batch.seen(n_rows, part).to(device))
-    infinite_M = scores_MV[:, 1:].sum(1).isinf()  # broken as well
-    found: Ranks = torch.where(infinite_M, MISS, ranks_M).cpu().numpy()
+    found: Ranks = ranks_M.cpu().numpy()
     return found
 
 
 @torch.no_grad()
-def top_lists(model: Recommender, batch: MicroBatch, *, n: int = 10, users: int = 64) -> Lists:
+def top_lists(model: Recommender, batch: MicroBatch, *, n: int = TOP, users: int = 64) -> Lists:
     """(U, n) rows: what some of the batch's users would be answered, seen items included."""
     model.eval()
     warm = np.flatnonzero(batch.at_N != COLD)

@@ -39,13 +39,14 @@ class Scraper:
         self._settings = settings
         # Not httpx: at 1 ms a request it would be half of a look's cost.
         self._http = urllib3.PoolManager(num_pools=64, timeout=TIMEOUT_S, retries=False)
+        # Those of a lost node are silent together, for one timeout. Threads start when needed.
+        self._threads = ThreadPoolExecutor(64, thread_name_prefix="scrape")
         self.reached: dict[str, bool] = {}  # endpoint -> whether it answered last time
 
     def scrape(self) -> Samples:
         """Every sample of ours, of every endpoint that answers."""
         urls = self._endpoints()
-        with ThreadPoolExecutor(max(1, len(urls))) as pool:  # a lost node has several
-            found = dict(zip(urls, pool.map(self._read, urls), strict=True))
+        found = dict(zip(urls, self._threads.map(self._read, urls), strict=True))
         self.reached = {url: text is not None for url, text in found.items()}
         return {url: parsed(text) for url, text in found.items() if text is not None}
 

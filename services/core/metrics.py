@@ -20,8 +20,8 @@ def ranks_of(scores_NV: Tensor, targets_N: Tensor, *, seen_NV: Tensor | None = N
     """Where each target stands among all items its user hasn't had (`seen_NV`: bool).
 
     Ties are counted half above, so a constant score earns no rank it doesn't deserve. A target of
-    row 0 is a `MISS`, and so is each where a score is NaN, which nothing compares with. The target
-    itself is never masked.
+    row 0 is a `MISS`, and so is each where a score isn't finite: nothing compares with NaN. The
+    target itself is never masked.
     """
     own_N1 = scores_NV.gather(1, targets_N[:, None])
     rivals_NV = torch.ones_like(scores_NV, dtype=torch.bool) if seen_NV is None else ~seen_NV
@@ -30,7 +30,7 @@ def ranks_of(scores_NV: Tensor, targets_N: Tensor, *, seen_NV: Tensor | None = N
     above_N = ((scores_NV > own_N1) & rivals_NV).sum(1)
     ties_N = ((scores_NV == own_N1) & rivals_NV).sum(1)
     ranks_N = 1 + above_N + (ties_N + 1) // 2
-    broken_N = scores_NV[:, 1:].sum(1).isnan()
+    broken_N = ~scores_NV[:, 1:].sum(1).isfinite()
     return torch.where((targets_N == 0) | broken_N, MISS, ranks_N)
 
 

@@ -259,5 +259,5 @@ def _explain(loc: tuple[int | str, ...], value: object, problem: str) -> str:
         return f"{name}: no such setting; the settings are {known}"
     about = Settings.model_fields[name].description
     hint = f" ({about})" if about else ""
-    secret = "SecretStr" in str(Settings.model_fields[name].annotation)
+    secret = Settings.model_fields[name].annotation is SecretStr
     return f"REFLUX_{name.upper()}={'***' if secret else repr(value)}: {problem}{hint}"

@@ -187,12 +187,12 @@ def one_at_a_time(report: Callable[[str], None]) -> Iterator[None]:
 def free_port(wanted: int = 0) -> int:
     """`wanted` if nobody listens there; 0: any free port, another one each time."""
     if not wanted:
-        port = next(port for port in _PORTS if _is_free(port))
-    elif not _is_free(port := wanted):
+        return next(filter(_is_free, _PORTS))
+    if not _is_free(wanted):
         raise UnavailableError(
             f"port {wanted} is taken; free it or set another one (0: any free port)"
         )
-    return port
+    return wanted
 
 
 def _is_free(port: int) -> bool:
