@@ -34,7 +34,10 @@ def main() -> None:
         page.wait_for_timeout(SETTLE_MS)
         taken = page.screenshot()
     picture = Image.open(io.BytesIO(taken)).convert("RGB")
-    picture = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    # Two rounds of means: without them the palette only comes near the background.
+    picture = picture.quantize(
+        COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
+    )
     picture.save(given.to, optimize=True)
     sys.stdout.write(f"{given.to}: {given.to.stat().st_size / 1024:.0f} KB\n")
 
