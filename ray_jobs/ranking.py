@@ -1,6 +1,8 @@
 """Score a micro-batch with a model that hasn't learned it yet: the prequential forecast.
 
 Gradients are off by `no_grad`, not `inference_mode`: the lines packed here are learned later.
+Without them a model reads few lines at a time: of a batch of 250 events a teacher on a CPU needed
+three times the memory at once, and 15% longer, as activations did not stay in the cache.
 
 Shapes: N targets, M of them at a time, D width, V catalog rows, U users.
 """
@@ -18,14 +20,18 @@ from services.core.metrics import Ranks, ranks_of
 from services.core.models.recommender import Recommender
 
 SCORED_AT_ONCE = 512  # targets whose scores over the whole catalog are in memory together
+READ_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # numbers of a hidden state
 
 
 def encode(model: Recommender, batch: MicroBatch, *, table_VD: Tensor) -> Tensor:
     """hidden_ND: the state that predicts each target; of a `COLD` one it means nothing."""
     lines = batch.lines.to(table_VD.device)
-    hidden_BLD = model(
-        lines.rows_BL, lines.types_BL, lines.gaps_BL, lines.segments_BL, table_VD=table_VD
-    )
+    inputs = (lines.rows_BL, lines.types_BL, lines.gaps_BL, lines.segments_BL)
+    n_lines, length = lines.rows_BL.shape
+    if not torch.is_grad_enabled():
+        n_lines = max(READ_AT_ONCE[table_VD.device.type] // (length * table_VD.shape[1]), 1)
+    pieces = zip(*(values_BL.split(n_lines) for values_BL in inputs), strict=True)
+    hidden_BLD = torch.cat([model(*piece, table_VD=table_VD) for piece in pieces])
     hidden_ND: Tensor = hidden_BLD.flatten(0, 1)[lines.at_N.clamp_min(0)]
     return hidden_ND
 
