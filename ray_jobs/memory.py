@@ -4,7 +4,7 @@ import ctypes
 import time
 from typing import Final
 
-TRIM_EVERY_S: Final = 30.0
+TRIM_EVERY_S: Final = 10.0
 
 
 class Trimmer:

@@ -328,8 +328,9 @@ def _ray_env(host: str) -> dict[str, str]:
         # By default as many processes start at a time as there are cores, a learner behind Ray
         # Train's helpers, and Ray warns of the others.
         "RAY_worker_maximum_startup_concurrency": "16",
-        # The head remembers every call of every actor, by default up to 100,000, 3 KB each.
-        "RAY_task_events_max_num_task_in_gcs": "5000",
+        # The head remembers every call of every actor, by default up to 100,000, 4 KB each, which
+        # only tell whoever lists Ray's tasks that Serve and Train have called their own again.
+        "RAY_task_events_report_interval_ms": "0",
         # A node that ends first waits up to 30 s for others to take over; here are none.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
