@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import psutil
 import redis
 
 from services.core.errors import RefluxError
-from services.core.registry import Registry
+from services.core.registry import Kind, Registry
 from services.core.settings import Settings
 from services.core.stackfile import read_stack
 from services.local.clock import skewed_producers
@@ -28,7 +28,6 @@ FREEZE_S: Final = 30.0
 HOLD_S: Final = 15.0  # a full disk, a slow Redis, a wrong clock
 SLOW_S: Final = (0.4, 0.05)  # Redis answers nobody for the first, then everybody for the second
 TEACHER_S: Final = 240.0  # a refresh, its worker killed or frozen on the way
-TRAINING_WORKER: Final = "ray::RayTrainWorker"
 
 Concern = Literal["features", "answers", "student", "log"]
 
@@ -68,11 +67,15 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:
-    """A kind of process, by its command line, and what stops working without it."""
+    """A kind of process, by its command line, and what stops working without it.
+
+    `job`: whose it must be where both learning jobs have such processes.
+    """
 
     name: str
     has: tuple[str, ...]
-    concerns: tuple[Concern, ...]
+    job: Kind | None = None
+    concerns: tuple[Concern, ...] = ()
     traits: dict[str, bool] = field(default_factory=dict)
 
     def faults(self) -> list[Fault]:
@@ -90,17 +93,43 @@ class Victim:
         ]
 
     def _kill(self, world: World) -> Struck:
-        process = find(world.settings, self.name, self.has)
-        before = running(world.settings, self.has)
+        process = self.find(world.settings)
+        before = self.running(world.settings)
         struck = kill(process)
 
         def back() -> bool:
-            return len(running(world.settings, self.has) - struck.gone) >= len(before)
+            now = {one.pid for one in self.running(world.settings)}
+            return len(now - struck.gone) >= len(before)
 
         return replace(struck, back=back)
 
     def _freeze(self, world: World) -> Struck:
-        return freeze(find(world.settings, self.name, self.has))
+        return freeze(self.find(world.settings))
+
+    def find(self, settings: Settings) -> psutil.Process:
+        """The process that the fault is for; waits until there is one."""
+        deadline = time.monotonic() + FIND_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if found := self.running(settings):
+                return found[0]
+            time.sleep(0.2)
+        raise RefluxError(f"no {self.name} runs; `reflux status` tells what does")
+
+    def running(self, settings: Settings) -> list[psutil.Process]:
+        """The living processes of this kind."""
+        job = Jobs(settings, embedded=True).active(self.job) if self.job else None
+        if self.job and job is None:
+            return []
+        alive = []
+        for process, command in commands(settings):
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_ZOMBIE or not all(
+                    part in command for part in self.has
+                ):
+                    continue
+                if job is None or process.environ().get("RAY_JOB_ID") == job.driver:
+                    alive.append(process)
+        return alive
 
 
 def kill(process: psutil.Process) -> Struck:
@@ -116,30 +145,6 @@ def freeze(process: psutil.Process) -> Struck:
             process.resume()
 
     return Struck(told=f"SIGSTOP {process.pid} for {FREEZE_S:g} s", end=go_on)
-
-
-def find(
-    settings: Settings, name: str, has: Iterable[str], *, other_than: Iterable[int] = ()
-) -> psutil.Process:
-    """The process that the fault is for; waits until there is one."""
-    deadline = time.monotonic() + FIND_TIMEOUT_S
-    while time.monotonic() < deadline:
-        for process, command in commands(settings):
-            if all(part in command for part in has) and process.pid not in other_than:
-                return process
-        time.sleep(0.2)
-    raise RefluxError(f"no {name} runs; `reflux status` tells what does")
-
-
-def running(settings: Settings, has: Iterable[str]) -> set[int]:
-    """The living processes of a kind."""
-    alive = set()
-    for process, command in commands(settings):
-        with suppress(psutil.NoSuchProcess):
-            sound = process.status() != psutil.STATUS_ZOMBIE
-            if sound and all(part in command for part in has):
-                alive.add(process.pid)
-    return alive
 
 
 def commands(settings: Settings) -> list[tuple[psutil.Process, str]]:
@@ -173,7 +178,6 @@ def _to_teacher(strike: Callable[[psutil.Process], Struck]) -> Callable[[World],
         settings = world.settings
         teachers = Registry(settings.registry)
         newest = teachers.latest("teacher")
-        others = running(settings, [TRAINING_WORKER])  # the student's
         jobs = Jobs(settings, embedded=True)
         job = active.submission_id if (active := jobs.active("teacher")) else jobs.submit("teacher")
         saved = _saved_by_teachers(settings)
@@ -182,9 +186,8 @@ def _to_teacher(strike: Callable[[psutil.Process], Struck]) -> Callable[[World],
             return bool(_saved_by_teachers(settings) - saved)
 
         wait(f"{job} trains", saves, give_up_s=TEACHER_S)
-        worker = find(settings, "teacher worker", [TRAINING_WORKER], other_than=others)
         saved = _saved_by_teachers(settings)
-        struck = strike(worker)
+        struck = strike(TEACHER_WORKER.find(settings))
 
         def back() -> bool:
             return saves() or teachers.latest("teacher") != newest
@@ -247,13 +250,24 @@ def _clock_jump(world: World) -> Struck:
     return Struck(told="producers an hour ahead, and a month behind", end=end, finish=finish)
 
 
+TEACHER_WORKER: Final = Victim(name="teacher worker", has=("ray::RayTrainWorker",), job="teacher")
 VICTIMS: Final = (
     Victim(name="gateway", has=("services.ingest.gateway",), concerns=("features",)),
     Victim(name="feature worker", has=("services.ingest.worker",), concerns=("features", "log")),
     Victim(name="redis", has=("redis-server",), concerns=("features", "answers")),
     Victim(name="distillation driver", has=("ray_jobs.distill_driver",), concerns=("student",)),
-    Victim(name="distillation controller", has=("ray::TrainController",), concerns=("student",)),
-    Victim(name="distillation worker", has=(TRAINING_WORKER,), concerns=("student",)),
+    Victim(
+        name="distillation controller",
+        has=("ray::TrainController",),
+        job="student",
+        concerns=("student",),
+    ),
+    Victim(
+        name="distillation worker",
+        has=("ray::RayTrainWorker",),
+        job="student",
+        concerns=("student",),
+    ),
     Victim(name="serve replica", has=("ray::ServeReplica",), concerns=("answers",)),
     Victim(
         name="serve proxy",

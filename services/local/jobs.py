@@ -35,6 +35,7 @@ class Job:
     status: str
     message: str
     started_ms: int
+    driver: str = ""  # Ray's own id, by which its processes can be told, once it has begun
 
     @property
     def active(self) -> bool:
@@ -110,6 +111,7 @@ class Jobs:
                         status=str(details.status.value),
                         message=details.message or "",
                         started_ms=details.start_time or 0,
+                        driver=details.driver_info.id if details.driver_info else "",
                     )
                 )
         return sorted(found, key=lambda job: job.started_ms)
