@@ -23,6 +23,7 @@ from services.core.access import Keys
 from services.core.errors import SettingsError
 from services.core.stackfile import running_stack
 
+CONFIG_FILE = "REFLUX_CONFIG"  # the variable that names it
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -180,9 +181,9 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         config = _config_file()
-        if "REFLUX_CONFIG" in os.environ and not config.exists():
+        if CONFIG_FILE in os.environ and not config.exists():
             raise SettingsError(
-                f"REFLUX_CONFIG={config}: no such file; unset it or create the file"
+                f"{CONFIG_FILE}={config}: no such file; unset it or create the file"
             )
         given = (
             init_settings,
@@ -236,7 +237,7 @@ class Settings(BaseSettings):
 
 
 def _config_file() -> Path:
-    return Path(os.environ.get("REFLUX_CONFIG", "reflux.toml"))
+    return Path(os.environ.get(CONFIG_FILE, "reflux.toml"))
 
 
 def _stack_addresses(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:

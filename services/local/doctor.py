@@ -1,10 +1,12 @@
 """`reflux doctor`: what would stop Reflux here, and the fix."""
 
+import difflib
 import importlib.util
+import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -12,7 +14,7 @@ import psutil
 
 from services.core.errors import RAY_TOKEN, UnavailableError
 from services.core.ray_dashboard import ray_headers
-from services.core.settings import Settings
+from services.core.settings import CONFIG_FILE, Settings
 from services.core.stackfile import is_alive, read_stack
 from services.local import processes
 from services.local.stack import USUAL_PORTS
@@ -35,6 +37,7 @@ def examine(settings: Settings) -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     return [
         *_versions(),
+        *_misspelt(settings, os.environ),
         *_resources(settings),
         *_ports(settings),
         *_reachability(settings),
@@ -69,6 +72,21 @@ def _versions() -> Iterator[Finding]:
             yield Finding(name=package, ok=True, found=metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding(name=package, ok=False, found="missing", fix="run `make install`")
+
+
+def _misspelt(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Variables that look like settings and are none: nothing else notices them, as Kubernetes
+    makes some of the kind for each service whose name begins so."""
+    known = [CONFIG_FILE, *(f"REFLUX_{name.upper()}" for name in type(settings).model_fields)]
+    for name in sorted(environment):
+        if name.startswith("REFLUX_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            yield Finding(
+                name=name,
+                ok=not close,
+                found="set, but there is no such setting",
+                fix=f"did you mean {close[0]}?" if close else "",
+            )
 
 
 def _resources(settings: Settings) -> Iterator[Finding]:

@@ -215,6 +215,17 @@ def test_the_doctor_names_the_setting_of_a_port_that_is_taken(tmp_path: Path) ->
     assert "REFLUX_RAY_DASHBOARD_PORT" in ray.fix
 
 
+def test_the_doctor_knows_what_a_misspelt_variable_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFLUX_KAFKA_BOOTSTRP", "k:9092")
+    monkeypatch.setenv("REFLUX_BROKER_SERVICE_PORT_TCP", "9092")  # Kubernetes makes such ones
+    found = {one.name: one for one in examine(Settings(home=tmp_path))}
+    assert not found["REFLUX_KAFKA_BOOTSTRP"].ok
+    assert "REFLUX_KAFKA_BOOTSTRAP?" in found["REFLUX_KAFKA_BOOTSTRP"].fix
+    assert found["REFLUX_BROKER_SERVICE_PORT_TCP"].ok
+
+
 def test_help_answers_without_heavy_imports() -> None:
     code = (
         "import sys; from services import cli; from typer.testing import CliRunner\n"
