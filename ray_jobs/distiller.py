@@ -2,8 +2,9 @@
 
 import copy
 import itertools
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,8 +26,11 @@ from ray_jobs.telemetry import Telemetry
 from ray_jobs.warm_up import warm_up
 from services.core.eventlog import EventLog, records_between
 from services.core.events import ITEMS
+from services.core.history import event_key
 from services.core.metrics import Ranks, gains_at
 from services.core.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
 EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
@@ -193,12 +197,25 @@ class Distiller:
             self._teachers.align(state.catalog)
         return heard
 
+    def _logged_keys(self) -> Iterator[NDArray[np.int64]]:
+        """The keys of all events in the offline log."""
+        log = EventLog(self.settings.offline)
+        for portion in log.portions(until={}):
+            event_ids = log.read_portion(portion, columns=["event_id"])["event_id"].to_pylist()
+            yield np.array([event_key(event_id) for event_id in event_ids], np.int64)
+
     def _read(self, received: Received, *, known_rows: int) -> Pending:
         """Group by user, remember, add what is replayed, and ask the teachers about all of it."""
         state, config = self.state, self._config
         arrivals = received.arrivals(state.catalog)
         for user_id in received.forgotten:
             if state.histories.forget(user_id):
+                self._unclean = CHECKPOINTS_KEPT
+        for partition in received.rejoined:
+            if n_gone := state.histories.keep_only(self._logged_keys(), partition=partition):
+                logger.warning(
+                    "partition %d: %d remembered events are no longer in the log", partition, n_gone
+                )
                 self._unclean = CHECKPOINTS_KEPT
         answered, hits = answer_lists(
             received, arrivals.events["row"], state.histories, state.catalog

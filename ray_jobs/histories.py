@@ -81,6 +81,28 @@ class Histories:
             self._ids[user.partition].remove(user_id)
         return True
 
+    def keep_only(self, keys: Iterable[npt.NDArray[np.int64]], *, partition: int) -> int:
+        """Forget each of that partition's events whose key is in none of the arrays, and users who
+        have none left; return how many events are gone."""
+        user_ids = list(self._ids.get(partition, []))
+        held = np.concatenate(
+            [NO_EVENTS["key"], *(self.of(user_id)["key"] for user_id in user_ids)]
+        )
+        found = np.zeros(len(held), bool)
+        for some in keys:
+            found |= np.isin(held, some)
+        end = 0
+        for user_id in user_ids:
+            events = self.of(user_id)
+            begin, end = end, end + len(events)
+            if not found[begin:end].any():
+                self.forget(user_id)
+            elif not found[begin:end].all():
+                self.put(user_id, events[found[begin:end]], partition=partition)
+        for user_id in [one for one in self._only_shown if self.partition_of(one) == partition]:
+            self.forget(user_id)
+        return int((~found).sum())
+
     def show(self, user_id: str, rows: npt.NDArray[np.int32], *, partition: int) -> None:
         """Remember the list that was shown; the user's next interaction answers it."""
         if user_id not in self._users:

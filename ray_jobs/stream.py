@@ -73,6 +73,9 @@ class Received:
     forgotten: frozenset[str] = frozenset()  # users who wished it; their events here came later
     refused: int = 0  # records that are no valid events
     skipped: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # see `State.learned`
+    # Read from the offline log up to here, where Kafka begins. Wishes to be forgotten may have
+    # been among what Kafka removed; all that may still be remembered is in the log.
+    rejoined: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -159,7 +162,9 @@ class EventStream:
         """
         for partition, at in self.positions.items():
             if at < self._begins[partition]:
-                return self._from_log(partition, at, max_events=max_events)
+                received = self._from_log(partition, at, max_events=max_events)
+                done = self.positions[partition] >= self._begins[partition]
+                return replace(received, rejoined=frozenset({partition} if done else ()))
         rows: list[Row] = []
         forgotten: set[str] = set()
         refused: list[InvalidEventError] = []

@@ -4,6 +4,7 @@ import numpy as np
 
 from ray_jobs.recipes import DistillConfig
 from ray_jobs.stream import Received
+from services.core.history import event_key
 from services.core.models.sizes import EncoderConfig, StudentConfig
 
 BATCH = 20
@@ -36,7 +37,7 @@ class Log:
             times_ms=at * 1000,
             arrivals_ms=at * 1000,
             partitions=[0] * len(at),
-            keys=at,
+            keys=np.array([event_key(str(n)) for n in at], np.int64),
             impressions=[],
         )
 

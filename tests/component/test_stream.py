@@ -76,8 +76,12 @@ def test_what_kafka_no_longer_has_comes_from_the_log_and_else_is_told(
         # The embedded broker keeps everything: as if its retention had removed the first three.
         stream._consumer.beginning_offsets = lambda where: dict.fromkeys(where, 3)
         stream._open()
-        assert stream.poll(max_events=7, timeout_s=0.2).user_ids == ["ub"]
-        assert stream.poll(max_events=7, timeout_s=0.2).skipped == {0: (2, 3)}
+        received = stream.poll(max_events=7, timeout_s=0.2)
+        assert received.user_ids == ["ub"]
+        assert not received.rejoined
+        skipped = stream.poll(max_events=7, timeout_s=0.2)
+        assert skipped.skipped == {0: (2, 3)}
+        assert skipped.rejoined == {0}
         assert "1 records from 2 on are in neither" in caplog.text
         assert drain(stream, "ud", 1) == ["ud"]
 

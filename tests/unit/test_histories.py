@@ -42,6 +42,20 @@ def test_the_oldest_are_forgotten_and_a_late_event_takes_its_place_in_time() -> 
     assert histories.of("u")["row"].tolist() == [2, 4, 3]
 
 
+def test_only_what_the_log_still_has_is_kept() -> None:
+    histories = Histories(keep=10)
+    take_in(histories, [("u", 1, 10), ("v", 2, 20), ("u", 3, 30), ("w", 4, 40)])
+    histories.show("only shown", np.array([1], np.int32), partition=0)
+    histories.put("elsewhere", events([9]), partition=1)
+    assert histories.keep_only([np.array([4]), np.array([3, 5])], partition=0) == 2
+    assert {user: histories.of(user)["row"].tolist() for user in histories.users()} == {
+        "u": [3],
+        "w": [4],
+        "elsewhere": [9],
+    }
+    assert histories.sizes() == {0: 2, 1: 1}
+
+
 def test_a_retry_counts_once_within_and_across_micro_batches() -> None:
     histories = Histories(keep=10)
     assert len(take_in(histories, [("u", 1, 10), ("u", 1, 10), ("u", 2, 20)])) == 2
