@@ -33,7 +33,7 @@ from services.core.settings import Settings
 logger = logging.getLogger(__name__)
 
 ITEMS_EVERY_S = 5.0  # between two looks at the items log
-EPOCH_EVERY_S = 30.0  # between two checks that Kafka's topic is still the same one
+TOPIC_EVERY_S = 30.0  # between two looks whether Kafka's topic has changed
 EMA_EVENTS = 5_000  # half-life of the quality that trust goes by
 
 
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     def poll(self, *, max_events: int, timeout_s: float) -> Received: ...
     def lag_events(self) -> int: ...
-    def check_epoch(self) -> None: ...
+    def check_topic(self) -> None: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,7 +111,7 @@ class Distiller:
         self._kept = dict(state.positions)  # as of the newest checkpoint
         self._unclean = 0  # checkpoints to come until none that is kept knows who was forgotten
         self._probe = MicroBatch.of([], context=config.context_events)
-        self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "epoch"), self._clock_s)
+        self._due_s = dict.fromkeys(("publish", "checkpoint", "items", "topic"), self._clock_s)
         self.publisher = Publisher(
             settings.registry,
             state,
@@ -149,8 +149,8 @@ class Distiller:
         self._look_after_teachers()
         if not self._taught:
             self._meet_first_teacher()
-        if self._is_due("epoch", EPOCH_EVERY_S):
-            self._source.check_epoch()
+        if self._is_due("topic", TOPIC_EVERY_S):
+            self._source.check_topic()
         if self._is_due("publish", self.settings.publish_every_s):
             self._publish_news()
         if self._is_due("checkpoint", self.settings.checkpoint_every_s):

@@ -31,7 +31,7 @@ from services.core.events import (
     decode_user_id,
 )
 from services.core.history import event_key, milliseconds
-from services.core.kafka import make_consumer, resume_offsets, topic_id
+from services.core.kafka import Topic, describe, make_consumer
 from services.core.models.sequences import type_codes
 from services.core.settings import Settings
 
@@ -144,11 +144,9 @@ class EventStream:
         self._consumer = make_consumer(
             settings, max_partition_fetch_bytes=2**20, fetch_max_wait_ms=50
         )
-        self.positions = {
-            partition: positions.get(partition, 0)  # one that the topic has got since
-            for partition in resume_offsets(settings, self._log)
-            if partition % world == rank
-        }
+        self._rank, self._world = rank, world
+        own = self._share(describe(settings, EVENTS))
+        self.positions = {partition: positions.get(partition, 0) for partition in own}
         self._refused = 0  # not told yet
         self._told_s = -REFUSED_EVERY_S
         self._open()
@@ -196,16 +194,23 @@ class EventStream:
             if end is not None
         )
 
-    def check_epoch(self) -> None:
-        """Notice a topic created anew, even if it has already grown past our positions."""
-        if self._log.epoch(topic_id(self._settings, EVENTS)) != self._epoch:
+    def check_topic(self) -> None:
+        """Notice partitions that the topic has got meanwhile, and a topic created anew, even if it
+        has already grown past our positions."""
+        topic = describe(self._settings, EVENTS)
+        more = [partition for partition in self._share(topic) if partition not in self.positions]
+        if more or self._log.epoch(topic.id) != self._epoch:
+            self.positions |= dict.fromkeys(more, 0)
             self._open()
 
     def close(self) -> None:
         self._consumer.close()
 
+    def _share(self, topic: Topic) -> list[int]:
+        return [number for number in topic.partitions if number % self._world == self._rank]
+
     def _open(self) -> None:
-        self._epoch = self._log.epoch(topic_id(self._settings, EVENTS))
+        self._epoch = self._log.epoch(describe(self._settings, EVENTS).id)
         self._consumer.assign([TopicPartition(EVENTS, p) for p in self.positions])
         self._begins = self._kafka_begins(self.positions)
         self._rest: tuple[pa.Table, int] | None = None  # of a file of the log, and where it ends

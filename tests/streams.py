@@ -52,5 +52,5 @@ class Log:
     def lag_events(self) -> int:
         return 0
 
-    def check_epoch(self) -> None:
+    def check_topic(self) -> None:
         return

@@ -66,7 +66,7 @@ class ArraySource:
     def lag_events(self) -> int:
         return self.last - self.at  # behind, so that the job spares what only production shows
 
-    def check_epoch(self) -> None:
+    def check_topic(self) -> None:
         return
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import IllegalStateError, KafkaError, TopicAlreadyExistsError
@@ -44,9 +44,21 @@ def ensure_topics(settings: Settings) -> None:
                 continue
 
 
-def topic_id(settings: Settings, topic: str) -> str:
-    """The id that the broker gave the topic when it was created; a new topic has a new one."""
-    return str(_describe(settings, topic)["topic_id"])
+class Topic(NamedTuple):
+    """As it is now. The broker gives each an id when it is created: one made anew has a new id."""
+
+    id: str
+    partitions: list[int]
+
+
+def describe(settings: Settings, topic: str) -> Topic:
+    """Raises `UnavailableError` where there is no such topic."""
+    with _opened(settings, partial(_connect, KafkaAdminClient)) as admin:
+        found: dict[str, Any] = admin.describe_topics([topic])[0]
+    if found["error_code"] != 0:
+        raise _no_topic(topic)
+    partitions = [int(partition["partition_index"]) for partition in found["partitions"]]
+    return Topic(str(found["topic_id"]), partitions)
 
 
 def resume_offsets(
@@ -57,11 +69,11 @@ def resume_offsets(
     Seek to `kafka_offset(...)` of them; a record's log offset is its own plus
     `epoch_of(...) * EPOCH_SPAN`. A topic that was created anew since begins the next epoch here.
     """
-    topic = _describe(settings, log.topic)
-    begin = log.epoch(str(topic["topic_id"])) * EPOCH_SPAN
+    topic = describe(settings, log.topic)
+    begin = log.epoch(topic.id) * EPOCH_SPAN
     end = log.end()
     if partitions is None:
-        partitions = [partition["partition_index"] for partition in topic["partitions"]]
+        partitions = topic.partitions
     return {partition: max(begin, end.get(partition, begin)) for partition in partitions}
 
 
@@ -288,14 +300,6 @@ def _end_offsets(settings: Settings, consumer: KafkaConsumer, topic: str) -> dic
         if time.monotonic() > deadline:
             raise _unavailable(settings, f"no answer about the end of {topic!r}")
     return {partition.partition: consumer.highwater(partition) for partition in partitions}
-
-
-def _describe(settings: Settings, topic: str) -> dict[str, Any]:
-    with _opened(settings, partial(_connect, KafkaAdminClient)) as admin:
-        found: dict[str, Any] = admin.describe_topics([topic])[0]
-    if found["error_code"] != 0:
-        raise _no_topic(topic)
-    return found
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from services.core.errors import (
 )
 from services.core.events import EVENTS, ITEMS, Event, Item
 from services.core.history import event_key
-from services.core.kafka import Publisher, topic_id
+from services.core.kafka import Publisher, describe
 from services.core.paths import allow_anything, id_after
 from services.core.pauses import settle
 from services.core.settings import Settings
@@ -220,7 +220,7 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/readyz")
     def readyz() -> dict[str, str]:
         """Whether Kafka answers (else 503)."""
-        topic_id(settings.model_copy(update={"kafka_timeout_s": READY_TIMEOUT_S}), EVENTS)
+        describe(settings.model_copy(update={"kafka_timeout_s": READY_TIMEOUT_S}), EVENTS)
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)

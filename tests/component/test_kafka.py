@@ -12,13 +12,13 @@ from services.core.eventlog import EPOCH_SPAN, EventLog
 from services.core.events import EVENTS
 from services.core.kafka import (
     Publisher,
+    describe,
     end_offsets,
     ensure_topics,
     lag,
     make_consumer,
     make_producer,
     resume_offsets,
-    topic_id,
 )
 from services.core.settings import Settings
 from services.local import processes
@@ -80,7 +80,7 @@ def test_resuming_goes_by_the_log_and_by_the_topic_s_incarnation(
             begin = epoch * EPOCH_SPAN
             assert resume_offsets(own, log) == {0: begin, 1: begin}
             assert resume_offsets(own, log, [1]) == {1: begin}
-            seen.add(topic_id(own, EVENTS))
+            seen.add(describe(own, EVENTS).id)
         finally:
             broker.stop()
     assert len(seen) == 2

@@ -13,7 +13,7 @@ from ray_jobs.stream import EventStream, Received
 from ray_jobs.warm_up import first_state
 from services.core.eventlog import EPOCH_SPAN, Arrived, EventLog, events_table, items_table
 from services.core.events import EVENTS, ITEMS, Event, EventType, Item, encode
-from services.core.kafka import ensure_topics, make_producer
+from services.core.kafka import describe, ensure_topics, make_producer
 from services.core.settings import Settings
 
 
@@ -64,6 +64,23 @@ def test_it_goes_on_where_the_positions_say_and_poison_is_passed_over(
         assert drain(stream, "ud", 1) == ["ud"]
     with closing(EventStream(settings, {0: 0, 1: 0}, rank=1, world=2)) as share:
         assert set(share.positions) == {1}
+
+
+def test_a_partition_that_the_topic_has_got_since_is_read_from_its_start(
+    fresh_kafka: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(fresh_kafka, tmp_path / "home")
+    ids = [str(number) for number in range(10)]
+    assert {one.partition for one in send(settings, ids)} == {0, 1}
+    with monkeypatch.context() as before:  # the embedded broker can't add one
+        before.setattr(
+            "ray_jobs.stream.describe", lambda *given: describe(*given)._replace(partitions=[0])
+        )
+        stream = EventStream(settings, {})
+        assert set(stream.positions) == {0}
+    with closing(stream):
+        stream.check_topic()
+        assert len(drain(stream, "u9", len(ids))) == len(ids)
 
 
 def test_what_kafka_no_longer_has_comes_from_the_log_and_else_is_told(

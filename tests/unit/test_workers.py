@@ -77,7 +77,7 @@ class Partitions:
     def lag_events(self) -> int:
         return 0
 
-    def check_epoch(self) -> None:
+    def check_topic(self) -> None:
         return
 
 
