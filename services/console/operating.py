@@ -52,13 +52,19 @@ class Ray:
         self._lock = asyncio.Lock()
         self._asked_s = -JOBS_EVERY_S
         self._jobs: list[dict[str, Any]] = []
+        self._trouble = ""
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """The newest job of each kind; none where Ray doesn't say."""
+        """The newest job of each kind; `UnavailableError` where Ray doesn't say."""
         async with self._lock:
-            if time.monotonic() - self._asked_s >= JOBS_EVERY_S:
-                self._asked_s = time.monotonic()
-                self._jobs = await self._newest_of_each()
+            if self._url and time.monotonic() - self._asked_s >= JOBS_EVERY_S:
+                self._asked_s, self._trouble = time.monotonic(), ""
+                try:
+                    self._jobs = await self._newest_of_each()
+                except UnavailableError as error:
+                    self._trouble = str(error)
+            if self._trouble:
+                raise UnavailableError(self._trouble)
             return self._jobs
 
     async def log(self, submission_id: str) -> str:
@@ -69,10 +75,7 @@ class Ray:
         await self._http.aclose()
 
     async def _newest_of_each(self) -> list[dict[str, Any]]:
-        try:
-            found = (await self._get("/api/jobs/")).json()
-        except UnavailableError:
-            return []
+        found = (await self._get("/api/jobs/")).json()
         newest: dict[str, dict[str, Any]] = {}
         for job in sorted(found, key=lambda job: job.get("start_time") or 0):
             for module in MODULES:
@@ -89,7 +92,7 @@ class Ray:
     async def _get(self, path: str) -> httpx.Response:
         try:
             response = await self._http.get(f"{self._url}{path}", headers=ray_headers())
-        except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+        except httpx.TransportError as error:
             raise UnavailableError(f"Ray at {self._url!r} doesn't answer ({error})") from None
         if response.status_code != 200:
             raise UnavailableError(f"Ray answered {response.status_code}: {response.text[:200]}")

@@ -1,10 +1,12 @@
 """The console's parts: what it makes of metrics, what it remembers, whom it lets in."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -15,6 +17,7 @@ from services.console import trying
 from services.console.aside import Aside
 from services.console.guard import Guard
 from services.console.observe import retention
+from services.console.operating import Ray
 from services.console.recent import Looks
 from services.console.scrape import Samples, buckets, increase, parsed, quantile
 from services.console.store import KEPT_VERSIONS, RINGS, Store
@@ -267,3 +270,18 @@ def test_a_click_that_kafka_has_is_no_error_whatever_comes_after(
     assert (clicked.status_code, clicked.json()["known_ms"]) == (200, None)
     assert clicked.json()["answered_ms"] >= clicked.json()["accepted_ms"]
     assert (told.status_code, told.json()["history"]) == (200, None)
+
+
+def test_why_nobody_knows_the_jobs_is_told() -> None:
+    async def ask(address: str, status: int) -> list[dict[str, Any]]:
+        ray = Ray(Settings(ray_address=address))
+        refusing = httpx.MockTransport(lambda _: httpx.Response(status, text="a token is wanted"))
+        ray._http = httpx.AsyncClient(transport=refusing)
+        try:
+            return await ray.jobs()
+        finally:
+            await ray.close()
+
+    with pytest.raises(UnavailableError, match="401: a token is wanted"):
+        asyncio.run(ask("http://ray:8265", 401))
+    assert asyncio.run(ask("", 500)) == []  # none is configured

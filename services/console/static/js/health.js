@@ -11,6 +11,7 @@ const NEWEST_EVERY_MS = 60_000;
 let mayOperate = false;
 let logs = new Set();
 let jobs = [];
+let trouble = ""; // why nobody knows the jobs
 let now = null;
 let jobsAt = 0;
 let newestAt = 0;
@@ -35,7 +36,10 @@ export function look(found) {
   const at = Date.now();
   if (at - jobsAt > JOBS_EVERY_MS) {
     jobsAt = at;
-    api("/api/jobs").then((list) => { jobs = list; processes(); }, () => {});
+    api("/api/jobs").then(
+      (list) => { [jobs, trouble] = [list, ""]; processes(); },
+      (error) => { [jobs, trouble] = [[], error.message]; processes(); },
+    );
   }
   if (at - newestAt > NEWEST_EVERY_MS && !missing(now.student_version)) {
     newestAt = at;
@@ -65,6 +69,7 @@ function processes() {
     const ok = job.status === "RUNNING" || job.status === "SUCCEEDED" || job.status === "PENDING";
     lines.push(line(`job ${job.name}`, ok, job.status.toLowerCase(), `/api/jobs/${encodeURIComponent(job.id)}/log`));
   }
+  if (trouble) lines.push(line("jobs", false, trouble, null));
   for (const name of ["supervisor", "deploy"]) {
     if (logs.has(name)) lines.push(line(name, null, "", `/api/logs/${name}`));
   }
