@@ -26,13 +26,18 @@ from services.local import processes
 from services.local.processes import Command, Process
 
 BRIDGE: Final = "reflux0"
-NETWORK: Final = "10.77.7"  # /24: the bridge is .254, the head .1, nodes from .2 on
+SWITCH: Final = "reflux-switch"  # the bridge's own namespace
+NETWORK: Final = "10.77.7"  # /24: this machine is .254, the head .1, nodes from .2 on
 LOOPBACKS: Final = "127.77.7"  # the same, without namespaces
 FREEZE, CUT = "frozen", "cut off"
 
 
 class Wires:
-    """A bridge, and on it a network namespace with an address for each name."""
+    """A bridge, and on it this machine and a network namespace with an address for each name.
+
+    The bridge stands in a namespace too: what crosses one on the machine itself goes through the
+    machine's packet filter, and Docker's drops whatever Docker hasn't sent.
+    """
 
     def __init__(self) -> None:
         if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -41,32 +46,46 @@ class Wires:
                 "without --namespaces nodes stand on loopback"
             )
         self._names: list[str] = []
+        self._stop = ExitStack()
 
     def __enter__(self) -> Self:
-        _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
+        try:
+            self._space(SWITCH)
+            _ip("-n", SWITCH, "link", "add", BRIDGE, "type", "bridge")
+            _ip("-n", SWITCH, "link", "set", BRIDGE, "up")
+            _ip("link", "add", BRIDGE, "type", "veth", "peer", "name", "machine", "netns", SWITCH)
+            self._stop.callback(_ip, "link", "del", BRIDGE)  # with its namespace it goes later
+            _ip("-n", SWITCH, "link", "set", "machine", "master", BRIDGE, "up")
+            _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
+            _ip("link", "set", BRIDGE, "up")
+        except BaseException:
+            self._stop.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self._names:
-            _ip("netns", "del", name)
-        _ip("link", "del", BRIDGE)
+        self._stop.close()
 
     def add(self, name: str) -> str:
         """A namespace of that name, wired; its address."""
-        space, address = f"reflux-{name}", f"{NETWORK}.{len(self._names) + 1}"
-        _ip("netns", "add", space)
-        self._names.append(space)
-        _ip("link", "add", _cable(name), "type", "veth", "peer", "name", "eth0", "netns", space)
-        _ip("link", "set", _cable(name), "master", BRIDGE, "up")
+        space = f"reflux-{name}"
+        self._space(space)
+        self._names.append(name)
+        address = f"{NETWORK}.{len(self._names)}"
+        other_end = ("peer", "name", "eth0", "netns", space)
+        _ip("-n", SWITCH, "link", "add", name, "type", "veth", *other_end)  # at most 15 characters
+        _ip("-n", SWITCH, "link", "set", name, "master", BRIDGE, "up")
         _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", space, "link", "set", device, "up")
         return address
 
     def plug(self, name: str, *, into: bool) -> None:
-        _ip("link", "set", _cable(name), "up" if into else "down")
+        _ip("-n", SWITCH, "link", "set", name, "up" if into else "down")
+
+    def _space(self, name: str) -> None:
+        _ip("netns", "add", name)
+        self._stop.callback(_ip, "netns", "del", name)
 
     def inside(self, name: str, command: Command) -> Command:
         """The command, run in that namespace."""
@@ -242,10 +261,6 @@ class Cluster:
 def secured() -> None:
     """Let this process and those that it starts know a token, which only they have."""
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-
-
-def _cable(name: str) -> str:
-    return f"rfx-{name}"  # a device's name has at most 15 characters
 
 
 def _port(address: str) -> int:
