@@ -80,7 +80,8 @@ class MicroBatch:
 
     at_N: the event in E whose hidden state predicts the target; `COLD` where there is none.
     key_N: which event the target is (`EVENT`'s key).
-    seen_S, seen_row_S: target `seen_S` belongs to a user who had interacted with `seen_row_S`.
+    seen_S, seen_row_S: target `seen_S` belongs to a user who had interacted with `seen_row_S`;
+        each pair once, however often that was.
     """
 
     rows_E: Ints
@@ -116,6 +117,7 @@ class MicroBatch:
         for user in news:
             row = user.events["row"].astype(np.int64)
             gap = gap_codes(user.events["time_ms"], np.arange(len(row)) == 0)
+            met_first = np.sort(np.unique(row, return_index=True)[1])  # each item's first place
             for chunk in _chunks(np.flatnonzero(user.new), context):
                 first = max(int(chunk[0]) - context, 0)
                 piece = slice(first, int(chunk[-1]))
@@ -126,9 +128,9 @@ class MicroBatch:
                 at.append(np.where(chunk > 0, n_events + chunk - 1 - first, COLD))
                 targets.append(row[chunk])
                 keys.append(user.events["key"][chunk])
-                # Before place p of the events in time order stand exactly p of them.
-                seen.append(np.repeat(np.arange(n_targets, n_targets + len(chunk)), chunk))
-                seen_rows.extend(row[:place] for place in chunk)
+                n_seen = np.searchsorted(met_first, chunk)
+                seen.append(np.repeat(np.arange(n_targets, n_targets + len(chunk)), n_seen))
+                seen_rows.extend(row[met_first[:n]] for n in n_seen)
                 n_events += len(rows[-1])
                 n_targets += len(chunk)
         return cls(

@@ -79,6 +79,13 @@ def test_each_new_event_is_predicted_from_the_one_before_it_and_nothing_later() 
     assert not seen[2].any()
 
 
+def test_what_a_user_has_seen_is_kept_once_however_often_it_was() -> None:
+    again = arrivals([("u", row, at) for at, row in enumerate([5, 2, 5, 5, 2, 3])])
+    again.events["key"] = np.arange(len(again))
+    batch = MicroBatch.of(group(again, Histories(keep=10)), context=4)
+    assert batch.seen_rows().tolist() == [[0, 0], [5, 0], *[[5, 2]] * 4]
+
+
 def test_a_long_micro_batch_is_cut_without_losing_context_or_targets() -> None:
     histories = Histories(keep=100)
     batch = take_in(histories, [("u", row, row) for row in range(1, 12)])
