@@ -17,7 +17,6 @@ from ray.train.v2._internal.execution import context as reporting
 from ray_jobs import checkpoint, own_ray, recipes
 from ray_jobs.checkpoint import State
 from ray_jobs.distiller import Distiller
-from ray_jobs.memory import Trimmer
 from ray_jobs.peers import Peers
 from ray_jobs.recipes import Recipe
 from ray_jobs.stop_file import StopFile
@@ -25,6 +24,7 @@ from ray_jobs.stream import EventStream
 from ray_jobs.teachers import Teachers
 from ray_jobs.warm_up import first_state, warm_up
 from services.core.kafka import ensure_topics
+from services.core.memory import Trimmer
 from services.core.settings import Settings
 
 logger = logging.getLogger("distill")

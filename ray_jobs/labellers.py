@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ray_jobs import own_ray
 from ray_jobs.labels import Items, Labels, aligned, items_of, label
-from ray_jobs.memory import Trimmer
 from ray_jobs.microbatch import MicroBatch
 from services.core.catalog import Catalog
+from services.core.memory import Trimmer
 from services.core.models.teacher import Teacher
 from services.core.registry import Registry
 

@@ -43,6 +43,7 @@ from services.core.events import (
 from services.core.features import FeatureStore
 from services.core.history import event_key
 from services.core.kafka import GROUP, ensure_topics, make_consumer, resume_offsets
+from services.core.memory import Trimmer
 from services.core.pauses import settle
 from services.core.settings import Settings
 from services.ingest.flush import Flush
@@ -78,6 +79,7 @@ class Worker(ConsumerRebalanceListener):
         self._online = Online(features, self.metrics, history_events=settings.history_events)
         self._flush = Flush(settings, self._logs, self._online, self.metrics)
         self._roll_up = RollUp(settings, features)
+        self._trimmer = Trimmer()
         self._stop = threading.Event()
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
@@ -320,6 +322,7 @@ class Worker(ConsumerRebalanceListener):
                 work()
             except (UnavailableError, DamagedFileError, OSError) as error:
                 logger.error("%s: %s", waits, error)
+        self._trimmer.tick()  # they have read whole files
         return time.monotonic() - started_s
 
     def _compact(self) -> None:

@@ -1,4 +1,4 @@
-"""Memory of processes that learn for weeks."""
+"""Memory of processes that run for weeks."""
 
 import ctypes
 import time
