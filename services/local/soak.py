@@ -1,8 +1,10 @@
 """`reflux bench soak`: a stack under a steady light load for long, and what grows meanwhile.
 
 First every user gets a history. Memory is a process's anonymous memory (from Linux), its slope that
-of the least-squares line after the warm-up. Samples seconds apart are much alike, so the slope's
-variance counts (1 + r) / (1 - r) times, r being the residuals' correlation with the next one.
+of the least-squares line through each minute's least after the warm-up: between two trims of a heap
+it goes up and down by a quarter, which is no leak, and a leak lifts the floor with it. Minutes next
+to each other are much alike, so the slope's variance counts (1 + r) / (1 - r) times, r being the
+residuals' correlation with the next one.
 """
 
 import csv
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.core.events import EVENTS, ITEMS, dead_topic
 from services.core.kafka import end_offsets
@@ -33,6 +36,7 @@ FILL_EVENTS: Final = 100_000  # more than 100 of even the rarest user
 FILL_RATE: Final = 500.0  # events per second
 FILL_S: Final = 1_200.0  # at most
 EVERY_S: Final = 5.0
+FLOOR_S: Final = 60.0
 WARM_UP_SHARE: Final = 0.25
 MIN_SHARE: Final = 0.5  # of the samples: a process that came or went meanwhile has no slope
 LEAK_MB_PER_HOUR: Final = 6.0  # surely more than this is a leak
@@ -164,8 +168,8 @@ def _write(samples: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> 
 
 
 def slope(process: str, samples: Sequence[tuple[float, float]]) -> Slope:
-    """The line through samples of (seconds, MB). Pure."""
-    at_s, mb = np.asarray(samples).T
+    """The line through the floor of samples of (seconds, MB). Pure."""
+    at_s, mb = _floor(samples).T
     hours = at_s / 3600 - np.mean(at_s / 3600)
     spread = float(np.sum(hours**2))
     rise = float(np.sum(hours * mb)) / spread
@@ -183,6 +187,15 @@ def slope(process: str, samples: Sequence[tuple[float, float]]) -> Slope:
         low=rise - error,
         high=rise + error,
     )
+
+
+def _floor(samples: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+    """Each `FLOOR_S`' least sample."""
+    least: dict[int, tuple[float, float]] = {}
+    for at_s, mb in samples:
+        span = int(at_s // FLOOR_S)
+        least[span] = min(least.get(span, (at_s, mb)), (at_s, mb), key=lambda one: one[1])
+    return np.array(list(least.values()))
 
 
 def _sizes(settings: Settings) -> _Sizes:
