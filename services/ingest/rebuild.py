@@ -1,5 +1,6 @@
 """The online store from the offline log, for one that has lost what it had."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -40,6 +41,7 @@ def rebuild(
     *,
     since: int,
     until: int,
+    breathe: Callable[[], None],
 ) -> int:
     """Write online again whom, or what, a partition's log offsets `since` to `until` are about;
     how many rows.
@@ -47,15 +49,20 @@ def rebuild(
     Only for a partition that nobody else writes, `until` where its reader goes on: what follows is
     then merged as if nothing had been lost. Rows are made of the whole log, whatever is online: a
     row that was stale may have been written since. The log is read in portions, newest first.
+
+    `breathe` is called every second or so, before something is written; what it raises ends this.
     """
     if log.topic == ITEMS:
-        return _rebuild_items(features, log, partition, since, until)
+        return _rebuild_items(features, log, partition, since, until, breathe)
     if since:  # they were deleted online, but are there again
-        features.forget_users(_forgotten(settings, partition, since, until))
-    return _rebuild_users(features, log, partition, since, until, limit=settings.history_events)
+        features.forget_users(_forgotten(settings, partition, since, until, breathe))
+    limit = settings.history_events
+    return _rebuild_users(features, log, partition, since, until, breathe, limit=limit)
 
 
-def _forgotten(settings: Settings, partition: int, since: int, until: int) -> list[str]:
+def _forgotten(
+    settings: Settings, partition: int, since: int, until: int, breathe: Callable[[], None]
+) -> list[str]:
     """Who wished it between these log offsets, as far as Kafka still knows: the log no longer
     does once it is done."""
     where = TopicPartition(EVENTS, partition)
@@ -66,7 +73,11 @@ def _forgotten(settings: Settings, partition: int, since: int, until: int) -> li
         consumer.assign([where])
         consumer.seek(where, max(begin, consumer.beginning_offsets([where])[where]))
         records = read_up_to(consumer, {where: end}, give_up_s=settings.kafka_timeout_s)
-        wishes = [record for record in records if record.value is None]
+        wishes = []
+        for record in records:
+            breathe()
+            if record.value is None:
+                wishes.append(record)
     except KafkaError as error:
         raise UnavailableError(f"Kafka doesn't tell who is to be forgotten ({error})") from None
     finally:
@@ -76,12 +87,19 @@ def _forgotten(settings: Settings, partition: int, since: int, until: int) -> li
 
 
 def _rebuild_users(
-    features: FeatureStore, log: EventLog, partition: int, since: int, until: int, *, limit: int
+    features: FeatureStore,
+    log: EventLog,
+    partition: int,
+    since: int,
+    until: int,
+    breathe: Callable[[], None],
+    *,
+    limit: int,
 ) -> int:
-    news = [
-        pc.unique(log.read_portion(part, columns=["user_id"])["user_id"])
-        for part in _portions(log, partition, since, until, records=EVENTS_READ)
-    ]
+    news = []
+    for part in _portions(log, partition, since, until, records=EVENTS_READ):
+        breathe()
+        news.append(pc.unique(log.read_portion(part, columns=["user_id"])["user_id"]))
     users = pc.unique(pa.chunked_array(news, pa.string()))
     written: set[str] = set()
     for part in reversed(_portions(log, partition, 0, until, records=EVENTS_READ)):
@@ -100,13 +118,19 @@ def _rebuild_users(
                 for row in histories_as_of(events, some, ever, limit=limit)
                 if row.item_ids
             ]
+            breathe()
             features.write_users(rows)
             written.update(row.user_id for row in rows)
     return len(written)
 
 
 def _rebuild_items(
-    features: FeatureStore, log: EventLog, partition: int, since: int, until: int
+    features: FeatureStore,
+    log: EventLog,
+    partition: int,
+    since: int,
+    until: int,
+    breathe: Callable[[], None],
 ) -> int:
     written: set[str] = set()
     for part in reversed(_portions(log, partition, since, until, records=ITEMS_RECORDS)):
@@ -115,11 +139,9 @@ def _rebuild_items(
         ids = enumerate(items["item_id"].to_pylist())
         last = {item_id: row for row, item_id in ids if item_id not in written}
         latest = items.take(pa.array(last.values(), pa.int64())).select(ITEM_FIELDS)
-        features.write_items(
-            Item(**row)
-            for batch in latest.to_batches(max_chunksize=ROWS_AT_ONCE)
-            for row in batch.to_pylist()
-        )
+        for batch in latest.to_batches(max_chunksize=ROWS_AT_ONCE):
+            breathe()
+            features.write_items(Item(**row) for row in batch.to_pylist())
         written |= last.keys()
     return len(written)
 

@@ -61,11 +61,16 @@ CREATE_TOPICS_S: Final = 5.0  # between two attempts, while there is nothing to 
 # so at the ones before: a shard of a cluster may lose seconds that the mark's own shard keeps.
 MARK_EVERY_S: Final = 60.0
 CLOSE_TIMEOUT_MS: Final = 5_000
+BREATHE_S: Final = 1.0  # between two polls, amid work that takes long
 ROLL_UP_SHARE: Final = 10  # a roll-up pauses for at least this many times what it took
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Commits: TypeAlias = dict[TopicPartition, OffsetAndMetadata]
+
+
+class PartitionsMovedError(Exception):
+    """The group has shared out its partitions anew."""
 
 
 class Worker(ConsumerRebalanceListener):
@@ -84,6 +89,7 @@ class Worker(ConsumerRebalanceListener):
         # Rebalances arrive on the client's own thread, while this one may be applying a poll.
         self._lock = threading.Lock()
         self._reading: dict[TopicPartition, Reading] = {}
+        self._n_moves = 0  # how often the group has shared out its partitions
         self._safe: dict[TopicPartition, int] = {}  # what the next marks say: see MARK_EVERY_S
         self._checked_s = self._committed_s = self._marked_s = time.monotonic()
         self._create_topics_at_s = 0.0
@@ -118,6 +124,7 @@ class Worker(ConsumerRebalanceListener):
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Flush; whoever has them next goes on from the log's end. Also called when they are
         lost: a span that the next owner writes as well counts once."""
+        self._n_moves += 1
         with self._lock:
             self._release(revoked)
 
@@ -222,7 +229,8 @@ class Worker(ConsumerRebalanceListener):
             if end is None:
                 continue
             if end < kafka_offset(reading.next):
-                self.on_partitions_revoked([partition])
+                with self._lock:
+                    self._release([partition])
             lag += max(0, end - kafka_offset(reading.next))
         self.metrics.lag.set(lag)
 
@@ -232,13 +240,17 @@ class Worker(ConsumerRebalanceListener):
             # A broker that lost its log has lost its topics, too.
             self._patiently(partial(ensure_topics, self._settings))
             self._create_topics_at_s = time.monotonic() + CREATE_TOPICS_S
+        breathe = self._breathing(consumer)
         new = [p for p in consumer.assignment() if p not in self._reading]
         commits: Commits = {}
         for topic in {partition.topic for partition in new}:
             numbers = [partition.partition for partition in new if partition.topic == topic]
             log = self._logs[topic]
             starts = self._patiently(partial(resume_offsets, self._settings, log, numbers))
-            self._patiently(partial(self._rebuild, topic, starts))
+            try:
+                self._patiently(partial(self._rebuild, topic, starts, breathe))
+            except PartitionsMovedError:  # the next step begins with those that are ours then
+                return
             for number, start in starts.items():
                 partition = TopicPartition(topic, number)
                 if self._seek(consumer, partition, start):
@@ -246,7 +258,28 @@ class Worker(ConsumerRebalanceListener):
         if commits:  # whoever had them before may have flushed without being able to commit
             consumer.commit_async(commits)
 
-    def _rebuild(self, topic: str, starts: Mapping[int, int]) -> None:
+    def _breathing(self, consumer: KafkaConsumer) -> Callable[[], None]:
+        """What tells the group that this worker lives, once a second: whoever hasn't polled for
+        five minutes loses its partitions, and a rebuild of millions of users takes longer.
+
+        Raises `PartitionsMovedError` once they are moved: another worker may write there by then.
+        """
+        n_moves, due_s = self._n_moves, time.monotonic() + BREATHE_S
+
+        def breathe() -> None:
+            nonlocal due_s
+            if time.monotonic() < due_s:
+                return
+            consumer.pause(*consumer.assignment())
+            consumer.poll(timeout_ms=0)  # of partitions that just came: `_seek` goes back
+            consumer.resume(*consumer.paused())
+            if self._n_moves != n_moves:
+                raise PartitionsMovedError
+            due_s = time.monotonic() + BREATHE_S
+
+        return breathe
+
+    def _rebuild(self, topic: str, starts: Mapping[int, int], breathe: Callable[[], None]) -> None:
         """Fill an online store that lacks what the log has of partitions that are now ours."""
         incarnation = self._features.incarnation()  # should it end meanwhile, the mark shows it
         for partition, since in self._features.unfilled(topic, starts).items():
@@ -258,6 +291,7 @@ class Worker(ConsumerRebalanceListener):
                     partition,
                     since=since,
                     until=starts[partition],
+                    breathe=breathe,
                 )
             except DamagedFileError as error:  # who comes from now on need not wait for a repair
                 rows = 0

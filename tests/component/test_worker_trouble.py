@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -15,7 +16,7 @@ from services.core.eventlog import EventLog
 from services.core.events import EVENTS, ITEMS, Item, encode
 from services.core.features import FeatureStore
 from services.core.history import UserHistory
-from services.core.kafka import Publisher, lag
+from services.core.kafka import Publisher, lag, make_consumer
 from services.core.settings import Settings
 from services.ingest import rebuild as rebuild_module
 from services.ingest import worker as worker_module
@@ -252,6 +253,41 @@ def test_an_online_store_that_lost_everything_is_filled_from_the_log(
         wait_for(lambda: all_there(330))
         send(330, 340)
         wait_for(lambda: all_there(340))
+    assert [comparable(row) for row in features.read_users(users)] == from_log(settings, users)
+
+
+def test_a_rebuild_that_takes_long_keeps_its_partitions(
+    alone: tuple[Settings, processes.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, _ = alone
+    users = [f"trouble-slow-{n}" for n in range(9)]
+    features = FeatureStore(settings)
+    store = redis_client.Redis(port=int(settings.redis.split(":")[1]))
+    moved: list[Iterable[TopicPartition]] = []
+    revoked, write_users = worker_module.Worker.on_partitions_revoked, features.write_users
+
+    def noted(worker: worker_module.Worker, partitions: Iterable[TopicPartition]) -> None:
+        moved.append(partitions)
+        revoked(worker, partitions)
+
+    def slowly(rows: Sequence[UserHistory]) -> None:
+        time.sleep(0.6)
+        write_users(rows)
+
+    monkeypatch.setattr(worker_module.Worker, "on_partitions_revoked", noted)
+    impatient = partial(make_consumer, max_poll_interval_ms=3_000)
+    monkeypatch.setattr(worker_module, "make_consumer", impatient)
+    with working(settings, features) as worker:
+        publish(settings, [event(n, user=users[n % 9]) for n in range(90)])
+        wait_for(lambda: has_caught_up(settings))
+        monkeypatch.setattr(rebuild_module, "ROWS_AT_ONCE", 1)
+        monkeypatch.setattr(features, "write_users", slowly)
+        moved.clear()
+        store.flushall()
+        wait_for(lambda: worker.metrics.rebuilt._value.get() == 9)
+        publish(settings, [event(90, user=users[0])])
+        wait_for(lambda: has_caught_up(settings))
+        assert not moved
     assert [comparable(row) for row in features.read_users(users)] == from_log(settings, users)
 
 
