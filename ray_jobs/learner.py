@@ -92,26 +92,27 @@ def loss_terms(
     `weights_N` weighs the targets. A user's first event has no state that predicts it and is
     not learned, only remembered.
     """
-    warm_N = batch.at_N != COLD
-    weights_N = weights_N[torch.from_numpy(warm_N)]
+    warm = batch.at_N != COLD  # for arrays: torch warns of labels, which Ray gives read-only
+    warm_N = torch.from_numpy(warm)
+    weights_N = weights_N[warm_N]
     table_VD = student.encoder.item_table()
-    hidden_ND = encode(student, batch, table_VD=table_VD)[torch.from_numpy(warm_N)]
+    hidden_ND = encode(student, batch, table_VD=table_VD)[warm_N]
     terms: dict[str, Tensor] = {}
     if config.hard_weight:
-        target_N = torch.from_numpy(batch.target_N[warm_N])
+        target_N = torch.from_numpy(batch.target_N[warm])
         terms["hard"] = config.hard_weight * losses.full_softmax(
             hidden_ND,
             table_VD,
             student.bias_V,
             target_N,
             weights_N,
-            seen_NL=batch.seen_rows()[torch.from_numpy(warm_N)] if config.mask_seen else None,
+            seen_NL=batch.seen_rows()[warm_N] if config.mask_seen else None,
         )
     if labels is None or trust == 0:
         return terms
     if config.soft_weight:
-        rows_NK = torch.from_numpy(labels.rows_NK[warm_N]).long()
-        logits_NK = torch.from_numpy(labels.logits_NK[warm_N]).float()
+        rows_NK = torch.from_numpy(labels.rows_NK[warm]).long()
+        logits_NK = torch.from_numpy(labels.logits_NK[warm]).float()
         terms["soft"] = (trust * config.soft_weight) * losses.soft_labels(
             student.soft_scores(hidden_ND, rows_NK, table_VD=table_VD, tower=config.soft_tower),
             logits_NK,
@@ -119,7 +120,7 @@ def loss_terms(
             weights_N=weights_N,
         )
     if config.hidden_weight:
-        hidden_NT = torch.from_numpy(labels.hidden_NT[warm_N]).float()
+        hidden_NT = torch.from_numpy(labels.hidden_NT[warm]).float()
         terms["hidden"] = (trust * config.hidden_weight) * losses.hidden_states(
             student.teacher_hidden(hidden_ND), hidden_NT, weights_N
         )

@@ -1,7 +1,7 @@
 """The online store from the offline log, for one that has lost what it had."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import pyarrow as pa
@@ -33,41 +33,51 @@ ROWS_AT_ONCE: Final = 1_000  # users, of up to thousands of events each; items, 
 EVENTS_READ: Final = PORTION_RECORDS
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What the online store lacks: a partition's log offsets `since` to `until`."""
+
+    log: EventLog
+    partition: int
+    since: int
+    until: int
+
+    def portions(self, *, since: int, records: int) -> list[Portion]:
+        """Of the partition up to `until`, oldest first."""
+        return self.log.portions(
+            since={self.partition: since},
+            until={self.partition: self.until},
+            partition=self.partition,
+            records=records,
+        )
+
+
 def rebuild(
-    settings: Settings,
-    features: FeatureStore,
-    log: EventLog,
-    partition: int,
-    *,
-    since: int,
-    until: int,
-    breathe: Callable[[], None],
+    settings: Settings, features: FeatureStore, lost: Lost, *, breathe: Callable[[], None]
 ) -> int:
-    """Write online again whom, or what, a partition's log offsets `since` to `until` are about;
-    how many rows.
+    """Write online again whom, or what, the lost offsets are about; how many rows.
 
-    Only for a partition that nobody else writes, `until` where its reader goes on: what follows is
-    then merged as if nothing had been lost. Rows are made of the whole log, whatever is online: a
-    row that was stale may have been written since. The log is read in portions, newest first.
+    Only for a partition that nobody else writes, its `until` where its reader goes on: what
+    follows is then merged as if nothing had been lost. Rows are made of the whole log, whatever is
+    online: a row that was stale may have been written since. The log is read in portions, newest
+    first.
 
-    `breathe` is called every second or so, before something is written; what it raises ends this.
+    `breathe` is called again and again, each time before something is written; what it raises ends
+    this.
     """
-    if log.topic == ITEMS:
-        return _rebuild_items(features, log, partition, since, until, breathe)
-    if since:  # they were deleted online, but are there again
-        features.forget_users(_forgotten(settings, partition, since, until, breathe))
-    limit = settings.history_events
-    return _rebuild_users(features, log, partition, since, until, breathe, limit=limit)
+    if lost.log.topic == ITEMS:
+        return _rebuild_items(features, lost, breathe)
+    if lost.since:  # they were deleted online, but are there again
+        features.forget_users(_forgotten(settings, lost, breathe))
+    return _rebuild_users(features, lost, breathe, limit=settings.history_events)
 
 
-def _forgotten(
-    settings: Settings, partition: int, since: int, until: int, breathe: Callable[[], None]
-) -> list[str]:
+def _forgotten(settings: Settings, lost: Lost, breathe: Callable[[], None]) -> list[str]:
     """Who wished it between these log offsets, as far as Kafka still knows: the log no longer
     does once it is done."""
-    where = TopicPartition(EVENTS, partition)
-    begin = kafka_offset(since) if epoch_of(since) == epoch_of(until) else 0
-    end = min(kafka_offset(until), end_offsets(settings, EVENTS).get(partition, 0))
+    where = TopicPartition(EVENTS, lost.partition)
+    begin = kafka_offset(lost.since) if epoch_of(lost.since) == epoch_of(lost.until) else 0
+    end = min(kafka_offset(lost.until), end_offsets(settings, EVENTS).get(lost.partition, 0))
     consumer = make_consumer(settings)
     try:
         consumer.assign([where])
@@ -87,23 +97,16 @@ def _forgotten(
 
 
 def _rebuild_users(
-    features: FeatureStore,
-    log: EventLog,
-    partition: int,
-    since: int,
-    until: int,
-    breathe: Callable[[], None],
-    *,
-    limit: int,
+    features: FeatureStore, lost: Lost, breathe: Callable[[], None], *, limit: int
 ) -> int:
     news = []
-    for part in _portions(log, partition, since, until, records=EVENTS_READ):
+    for part in lost.portions(since=lost.since, records=EVENTS_READ):
         breathe()
-        news.append(pc.unique(log.read_portion(part, columns=["user_id"])["user_id"]))
+        news.append(pc.unique(lost.log.read_portion(part, columns=["user_id"])["user_id"]))
     users = pc.unique(pa.chunked_array(news, pa.string()))
     written: set[str] = set()
-    for part in reversed(_portions(log, partition, 0, until, records=EVENTS_READ)):
-        events = log.read_portion(part, columns=EVENT_COLUMNS)
+    for part in reversed(lost.portions(since=0, records=EVENTS_READ)):
+        events = lost.log.read_portion(part, columns=EVENT_COLUMNS)
         events = events.filter(pc.is_in(events["user_id"], value_set=users))
         user_ids = pc.unique(events["user_id"]).to_pylist()
         for begin in range(0, len(user_ids), ROWS_AT_ONCE):
@@ -114,7 +117,7 @@ def _rebuild_users(
             rows = [
                 joined(row, known[row.user_id], limit=limit)
                 if row.user_id in known
-                else replace(row, partition=partition, offset=until - 1)
+                else replace(row, partition=lost.partition, offset=lost.until - 1)
                 for row in histories_as_of(events, some, ever, limit=limit)
                 if row.item_ids
             ]
@@ -124,17 +127,10 @@ def _rebuild_users(
     return len(written)
 
 
-def _rebuild_items(
-    features: FeatureStore,
-    log: EventLog,
-    partition: int,
-    since: int,
-    until: int,
-    breathe: Callable[[], None],
-) -> int:
+def _rebuild_items(features: FeatureStore, lost: Lost, breathe: Callable[[], None]) -> int:
     written: set[str] = set()
-    for part in reversed(_portions(log, partition, since, until, records=ITEMS_RECORDS)):
-        items = log.read_portion(part, columns=[*ITEM_FIELDS, "offset"])
+    for part in reversed(lost.portions(since=lost.since, records=ITEMS_RECORDS)):
+        items = lost.log.read_portion(part, columns=[*ITEM_FIELDS, "offset"])
         items = items.sort_by("offset")  # the last to arrive, as online
         ids = enumerate(items["item_id"].to_pylist())
         last = {item_id: row for row, item_id in ids if item_id not in written}
@@ -144,11 +140,3 @@ def _rebuild_items(
             features.write_items(Item(**row) for row in batch.to_pylist())
         written |= last.keys()
     return len(written)
-
-
-def _portions(
-    log: EventLog, partition: int, since: int, until: int, *, records: int
-) -> list[Portion]:
-    return log.portions(
-        since={partition: since}, until={partition: until}, partition=partition, records=records
-    )

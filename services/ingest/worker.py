@@ -46,11 +46,12 @@ from services.core.kafka import GROUP, ensure_topics, make_consumer, resume_offs
 from services.core.memory import Trimmer
 from services.core.pauses import settle
 from services.core.settings import Settings
+from services.ingest.breathing import PartitionsMovedError, breathing
 from services.ingest.flush import Flush
 from services.ingest.metrics import Metrics
 from services.ingest.online import Online, Poison
 from services.ingest.reading import Reading, Sorted, sort_out
-from services.ingest.rebuild import rebuild
+from services.ingest.rebuild import Lost, rebuild
 from services.ingest.rollup import RollUp
 
 POLL_MS: Final = 100
@@ -61,16 +62,11 @@ CREATE_TOPICS_S: Final = 5.0  # between two attempts, while there is nothing to 
 # so at the ones before: a shard of a cluster may lose seconds that the mark's own shard keeps.
 MARK_EVERY_S: Final = 60.0
 CLOSE_TIMEOUT_MS: Final = 5_000
-BREATHE_S: Final = 1.0  # between two polls, amid work that takes long
 ROLL_UP_SHARE: Final = 10  # a roll-up pauses for at least this many times what it took
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Commits: TypeAlias = dict[TopicPartition, OffsetAndMetadata]
-
-
-class PartitionsMovedError(Exception):
-    """The group has shared out its partitions anew."""
 
 
 class Worker(ConsumerRebalanceListener):
@@ -240,7 +236,7 @@ class Worker(ConsumerRebalanceListener):
             # A broker that lost its log has lost its topics, too.
             self._patiently(partial(ensure_topics, self._settings))
             self._create_topics_at_s = time.monotonic() + CREATE_TOPICS_S
-        breathe = self._breathing(consumer)
+        breathe = breathing(consumer, lambda: self._n_moves)
         new = [p for p in consumer.assignment() if p not in self._reading]
         commits: Commits = {}
         for topic in {partition.topic for partition in new}:
@@ -258,41 +254,15 @@ class Worker(ConsumerRebalanceListener):
         if commits:  # whoever had them before may have flushed without being able to commit
             consumer.commit_async(commits)
 
-    def _breathing(self, consumer: KafkaConsumer) -> Callable[[], None]:
-        """What tells the group that this worker lives, once a second: whoever hasn't polled for
-        five minutes loses its partitions, and a rebuild of millions of users takes longer.
-
-        Raises `PartitionsMovedError` once they are moved: another worker may write there by then.
-        """
-        n_moves, due_s = self._n_moves, time.monotonic() + BREATHE_S
-
-        def breathe() -> None:
-            nonlocal due_s
-            if time.monotonic() < due_s:
-                return
-            consumer.pause(*consumer.assignment())
-            consumer.poll(timeout_ms=0)  # of partitions that just came: `_seek` goes back
-            consumer.resume(*consumer.paused())
-            if self._n_moves != n_moves:
-                raise PartitionsMovedError
-            due_s = time.monotonic() + BREATHE_S
-
-        return breathe
-
     def _rebuild(self, topic: str, starts: Mapping[int, int], breathe: Callable[[], None]) -> None:
         """Fill an online store that lacks what the log has of partitions that are now ours."""
         incarnation = self._features.incarnation()  # should it end meanwhile, the mark shows it
         for partition, since in self._features.unfilled(topic, starts).items():
+            lost = Lost(
+                log=self._logs[topic], partition=partition, since=since, until=starts[partition]
+            )
             try:
-                rows = rebuild(
-                    self._settings,
-                    self._features,
-                    self._logs[topic],
-                    partition,
-                    since=since,
-                    until=starts[partition],
-                    breathe=breathe,
-                )
+                rows = rebuild(self._settings, self._features, lost, breathe=breathe)
             except DamagedFileError as error:  # who comes from now on need not wait for a repair
                 rows = 0
                 logger.error("not online again until `reflux features rebuild`: %s", error)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -191,11 +192,8 @@ def slope(process: str, samples: Sequence[tuple[float, float]]) -> Slope:
 
 def _floor(samples: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
     """Each `FLOOR_S`' least sample."""
-    least: dict[int, tuple[float, float]] = {}
-    for at_s, mb in samples:
-        span = int(at_s // FLOOR_S)
-        least[span] = min(least.get(span, (at_s, mb)), (at_s, mb), key=lambda one: one[1])
-    return np.array(list(least.values()))
+    spans = groupby(samples, key=lambda sample: sample[0] // FLOOR_S)
+    return np.array([min(span, key=lambda sample: sample[1]) for _, span in spans])
 
 
 def _sizes(settings: Settings) -> _Sizes:
