@@ -24,7 +24,7 @@ MODULES: Final = ("ray_jobs.train_teacher", "ray_jobs.distill_student")
 
 
 class ChangedError(RefluxError):
-    """Something else serves than whoever decided had seen, or there is nothing to change."""
+    """Another operator has decided meanwhile, or there is nothing to change."""
 
 
 class NoSuchThingError(RefluxError):
@@ -32,14 +32,20 @@ class NoSuchThingError(RefluxError):
 
 
 class Change(BaseModel):
-    """What to do with which model. `serving`: what served when it was decided."""
+    """What to do with which model.
+
+    `held`: what an operator held when this was decided, for two operators not to undo each other.
+    What the learning jobs promote meanwhile doesn't matter: they may do so every few seconds.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     action: Literal["promote", "roll_back", "release"]
     kind: Kind
-    version: int | None = Field(None, description="to promote", ge=1, le=MAX_VERSION)
-    serving: int = Field(ge=0, le=MAX_VERSION)
+    version: int | None = Field(
+        None, description="to promote, or to roll back to", ge=1, le=MAX_VERSION
+    )
+    held: int | None = Field(ge=1, le=MAX_VERSION)
     reason: str = Field("by hand, from the console", max_length=200)
 
 
@@ -121,26 +127,25 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
     @routes.post("/versions", dependencies=[Depends(change_it)])
     def change(wanted: Change) -> dict[str, Any]:
         """Promote and hold, roll back and hold, or release what is held."""
+        kind, version = wanted.kind, wanted.version
         try:
-            serving = registry.serving(wanted.kind).version
-        except RegistryError:  # nothing serves, or nobody can tell what: promoting mends that
-            serving = 0
-        if serving != wanted.serving:
-            raise ChangedError(
-                f"{wanted.kind} {serving} serves now, not {wanted.serving}: look again"
-            )
-        if wanted.action == "promote":
-            if wanted.version is None:
-                raise ChangedError("say which version to promote")
-            registry.promote(wanted.kind, wanted.version, wanted.reason, hold=True)
-        elif serving == 0:
-            raise ChangedError(f"no {wanted.kind} serves yet: promote one")
-        elif wanted.action == "release":
-            registry.release(wanted.kind)
+            held = registry.held(kind)
+        except RegistryError:  # nobody can tell: promoting mends that
+            held = None
+        if held != wanted.held:
+            raise ChangedError(f"{_held(kind, held)} now: look again")
+        if wanted.action == "release":
+            if held is None:
+                raise ChangedError(f"{_held(kind, held)}: there is nothing to release")
+            registry.release(kind)
+        elif version is None:
+            raise ChangedError(f"{wanted.action}: say which version")
+        elif wanted.action == "promote":
+            registry.promote(kind, version, wanted.reason, hold=True)
         else:
             try:
-                registry.roll_back(wanted.kind)
-            except RegistryError as error:  # nothing served before, or it is gone
+                registry.roll_back(kind, version)
+            except RegistryError as error:  # nothing serves, or it does already, or is gone
                 raise ChangedError(str(error)) from None
         watcher.changed()
         return {"version": registry.serving(wanted.kind).version}
@@ -167,6 +172,10 @@ def router(guard: Guard, settings: Settings, watcher: Watcher, ray: Ray) -> APIR
         return {"name": submission_id, "text": await ray.log(submission_id)}
 
     return routes
+
+
+def _held(kind: Kind, version: int | None) -> str:
+    return f"no {kind} is held" if version is None else f"{kind} {version} is held"
 
 
 def _tail(directory: Path, name: str) -> str:

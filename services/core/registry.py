@@ -207,20 +207,28 @@ class Registry:
             version=now.version, promoted_ms=now.promoted_ms, history=history, held=bool(held)
         )
 
-    def roll_back(self, kind: Kind) -> int:
-        """Hold the version that served before and return it; call again to go further back."""
+    def roll_back(self, kind: Kind, to: int | None = None) -> int:
+        """Hold the version that served before and return it; call again to go further back.
+
+        With `to`, hold that one, whatever the learning jobs have promoted since.
+        """
         history = self.serving(kind).history
         undone = history[-1].version
         earlier = [entry for entry in history if entry.version != undone]
-        if not earlier:
-            raise RegistryError(f"{kind} {undone} is the only one that has served; promote another")
-        version = earlier[-1].version
-        self.manifest(kind, version)
-        entry = Promotion(
-            version=version, promoted_ms=_now_ms(), reason=f"rolled back from {undone}"
-        )
+        if to == undone:
+            raise RegistryError(f"{kind} {undone} serves already; name an earlier one")
+        if to is None:
+            if not earlier:
+                raise RegistryError(
+                    f"{kind} {undone} is the only one that has served; promote another"
+                )
+            to = earlier[-1].version
+        while earlier and earlier[-1].version != to:
+            earlier.pop()
+        self.manifest(kind, to)
+        entry = Promotion(version=to, promoted_ms=_now_ms(), reason=f"rolled back from {undone}")
         self._point(kind, HELD, (*earlier[:-1], entry))
-        return version
+        return to
 
     def trial(self, kind: Kind) -> Trial | None:
         """What is tried out now."""

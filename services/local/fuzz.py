@@ -164,7 +164,7 @@ def _change(rng: random.Random) -> dict[str, Any]:
         "action": rng.choice(["promote", "roll_back", "release"]),
         "kind": rng.choice(["student", "teacher"]),
         "version": rng.randrange(5),
-        "serving": rng.randrange(20),
+        "held": rng.choice([None, *range(1, 5)]),
     }
 
 

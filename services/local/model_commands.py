@@ -45,9 +45,9 @@ def promote(kind: KindArgument, version: int, reason: str = "by hand") -> None:
 
 
 @app.command("rollback")
-def rollback(kind: KindArgument = "student") -> None:
-    """Let the version that served before serve again, and hold it until `release`."""
-    version = _registry().roll_back(kind)
+def rollback(kind: KindArgument = "student", to: int | None = None) -> None:
+    """Let the version that served before (or `--to` one) serve again, held until `release`."""
+    version = _registry().roll_back(kind, to)
     print(f"{kind} {version} serves again and is held; `reflux models release {kind}` ends that")
 
 

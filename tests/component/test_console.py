@@ -117,7 +117,7 @@ def test_a_deployment_elsewhere_by_its_settings(
 
 def test_the_stream_tells_what_an_operator_does(settings: Settings) -> None:
     registry = Registry(settings.registry)
-    change = {"action": "promote", "kind": "student", "version": 1, "serving": 2}
+    change = {"action": "promote", "kind": "student", "version": 1, "held": None}
     with served(settings) as client, client.stream("GET", "/api/stream") as stream:
         events = frames(stream)
         assert next(events)[1]["student_version"] == 2
@@ -126,17 +126,21 @@ def test_the_stream_tells_what_an_operator_does(settings: Settings) -> None:
         assert registry.held("student") == 1
         moved = next(data for name, data in events if name == "versions" and not data["rows"])
         assert (moved["serving"]["student"]["version"], moved["rows"]) == (1, [])
-        # Whoever decided by what served before is told to look again.
+        # Whoever didn't know that an operator had decided is told to look again.
         assert client.post("/api/versions", json=change).status_code == 409
-        back = {"action": "roll_back", "kind": "student", "serving": 1}
+        back = {"action": "roll_back", "kind": "student", "version": 2, "held": 1}
         assert client.post("/api/versions", json=back).json() == {"version": 2}
-        release = {"action": "release", "kind": "student", "serving": 2}
+        release = {"action": "release", "kind": "student", "held": 2}
         assert client.post("/api/versions", json=release).status_code == 200
         assert registry.held("student") is None
+        assert client.post("/api/versions", json={**release, "held": None}).status_code == 409
+        # What a job promotes while an operator reads the question is no reason to ask again.
+        registry.promote("student", 3, "better")
+        assert client.post("/api/versions", json={**back, "held": None}).json() == {"version": 2}
 
 
 def test_who_is_let_in_and_what_for(settings: Settings) -> None:
-    change = {"action": "promote", "kind": "student", "version": 1, "serving": 2}
+    change = {"action": "promote", "kind": "student", "version": 1, "held": None}
     viewer = {"authorization": f"Bearer {VIEWER}"}
     settings.logs.mkdir(parents=True)
     (settings.logs / "gateway.log").write_text("it runs\n")

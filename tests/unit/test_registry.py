@@ -91,6 +91,18 @@ def test_roll_back_goes_further_each_time(registry: Registry, tmp_path: Path) ->
     assert registry.serving("student").version == 1
 
 
+def test_roll_back_to_what_was_decided_whatever_was_promoted_since(
+    registry: Registry, tmp_path: Path
+) -> None:
+    for _ in range(4):
+        registry.promote("student", registry.publish("student", artifact(tmp_path / "a"), {}), "on")
+    with pytest.raises(RegistryError, match="4 serves already"):
+        registry.roll_back("student", 4)
+    assert registry.roll_back("student", 2) == 2
+    assert registry.held("student") == 2
+    assert registry.roll_back("student") == 1
+
+
 def test_what_is_chosen_by_hand_is_held_until_it_is_released(
     registry: Registry, tmp_path: Path
 ) -> None:

@@ -113,23 +113,24 @@ async function show(row) {
   }
 }
 
-async function change(action, done, more = {}) {
+/** `now`: what served when it was decided. */
+async function change(action, now, done, version = null) {
   try {
-    const { version } = await api("/api/versions", { action, kind, serving: serving[kind]?.version ?? 0, ...more });
-    toast(done(version));
+    const { version: serves } = await api("/api/versions", { action, kind, version, held: now?.held ? now.version : null });
+    toast(done(serves));
   } catch (error) {
     toast(error.message, { bad: true });
   }
 }
 
 async function promoteIt(row) {
-  const now = serving[kind]?.version;
+  const now = serving[kind];
   const yes = await confirm({
     title: `Promote ${kind} ${row.version}?`,
-    text: `It takes over from ${kind} ${now ?? "none"} at once and is held: newer ones are published, but wait until you release it.${row.promoted ? "" : ` The gate kept it back: ${row.reason}`}`,
+    text: `It takes over from ${kind} ${now?.version ?? "none"} at once and is held: newer ones are published, but wait until you release it.${row.promoted ? "" : ` The gate kept it back: ${row.reason}`}`,
     yes: `Promote ${row.version}`,
   });
-  if (yes) await change("promote", (version) => `${kind} ${version} serves and is held`, { version: row.version });
+  if (yes) await change("promote", now, (version) => `${kind} ${version} serves and is held`, row.version);
 }
 
 async function rollBack() {
@@ -140,16 +141,17 @@ async function rollBack() {
     text: `${kind} ${earlier.version}, which served before, takes over at once and is held: newer ones wait until you release it.`,
     yes: `Roll back to ${earlier.version}`,
   });
-  if (yes) await change("roll_back", (version) => `${kind} ${version} serves again and is held`);
+  if (yes) await change("roll_back", now, (version) => `${kind} ${version} serves again and is held`, earlier.version);
 }
 
 async function release() {
+  const now = serving[kind];
   const yes = await confirm({
-    title: `Release ${kind} ${serving[kind].version}?`,
+    title: `Release ${kind} ${now.version}?`,
     text: "Newer versions that pass the gate will serve again.",
     yes: "Release",
   });
-  if (yes) await change("release", () => `newer ${kind}s that pass the gate will serve`);
+  if (yes) await change("release", now, () => `newer ${kind}s that pass the gate will serve`);
 }
 
 /** Two lanes over the chosen time. */
