@@ -120,8 +120,8 @@ def plan(load: Load) -> Plan:
     """The least that holds the load with `BUSY` cores."""
     events, cores = load.events_per_s, 1e6 * BUSY
     worker_cores = events * M.worker_us / cores
-    distil_cores = events * (M.student_us + M.student_us_per_item * load.items) / cores
-    answer_cores = load.answers_per_s * (M.answer_us + M.answer_us_per_item * load.items) / cores
+    distil_cores = events * student_us(load) / cores
+    answer_cores = load.answers_per_s * answer_us(load) / cores
     kafka = events * M.event_bytes
     brokers = max(3, math.ceil(kafka / (C.broker_bytes_per_s * BUSY)))
     readers = max(worker_cores, distil_cores)
