@@ -1,4 +1,4 @@
-"""The driver of the distillation, which `distill_student` starts: one run of Ray Train.
+"""The driver of the distillation, which `distill_student` forks: one run of Ray Train.
 
 What each worker does is `distill_worker`.
 """
@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
 import ray.train
 from ray.exceptions import RayActorError
 
 from ray_jobs import own_ray, recipes
-from ray_jobs.imports import importing
+from ray_jobs.imports import loop_of
 from ray_jobs.recipes import CHECKPOINTS_KEPT, Recipe
 from ray_jobs.stop_file import RUN, StopFile
 from ray_jobs.trainer import Trainer
@@ -47,14 +46,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _end_with_parent() -> None:
     """Nobody could stop it then, and whoever submits the job anew would have two."""
-    os.read(0, 1)  # of the pipe that only ends
+    os.read(0, 1)  # of a pipe that only ends
     os._exit(1)
 
 
 def _trainer(settings: Settings, recipe: Recipe) -> Trainer:
     config = recipe.distill
     return Trainer(
-        train_loop,
+        loop_of("ray_jobs.distill_worker"),
         {"settings": settings.environment(secrets=False), "recipe": recipe.name},
         scaling=ray.train.ScalingConfig(
             num_workers=config.num_workers,
@@ -70,16 +69,3 @@ def _trainer(settings: Settings, recipe: Recipe) -> Trainer:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),
     )
-
-
-def train_loop(given: dict[str, Any]) -> None:
-    """One Ray Train worker. What it needs, torch above all, is imported there and not here: a job
-    that is started again then learns sooner."""
-    with importing():
-        from ray_jobs.distill_worker import work
-
-    work(given)
-
-
-if __name__ == "__main__":
-    main()

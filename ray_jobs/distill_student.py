@@ -6,48 +6,66 @@ Starts from its checkpoint; without one it warms up on the offline log. Publishe
 `publish_every_s`, promotes it if the gate lets it through, takes up a new teacher without
 stopping. SIGTERM (`ray job stop`): checkpoint, then exit 0.
 
-This process only begins the driver, and begins it again when it was killed: seconds sooner than
-whoever submits the job anew. The driver is `distill_driver`; what each worker does is
-`distill_worker`.
+This process only forks the driver, with all that it imports, and does so again when it was killed:
+seconds sooner than whoever submits the job anew. The driver is `distill_driver`; what each worker
+does is `distill_worker`.
 """
 
+import gc
+import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 
-LASTING_S: Final = 60.0  # a driver that ends sooner isn't begun again here: it will end again
+from ray_jobs import distill_driver
+
+LASTING_S: Final = 20.0  # a driver that ends sooner isn't begun again here: it will end again
 
 
-def keep(command: Sequence[str]) -> int:
-    """Run it until it ends well, is asked to by SIGTERM or SIGINT, or doesn't last; its exit code.
+def keep(drive: Callable[[], None]) -> int:
+    """Run it in a fork until it ends well, is asked to by SIGTERM or SIGINT, or doesn't last; its
+    exit code.
 
-    Its standard input stays open as long as this process lives.
+    The fork's standard input ends with this process.
     """
     stopping = False
-    child: subprocess.Popen[bytes] | None = None
+    driver = 0
 
     def stop(number: int, _frame: FrameType | None) -> None:
         nonlocal stopping
         stopping = True
-        if child and number == signal.SIGTERM:  # a terminal's SIGINT has reached it already
-            child.terminate()
+        if driver and number == signal.SIGTERM:  # a terminal's SIGINT has reached it already
+            with suppress(ProcessLookupError):
+                os.kill(driver, signal.SIGTERM)
 
+    gc.freeze()  # a collection in the fork would write to, and so copy, every page
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     while True:
         began_s = time.monotonic()
-        child = subprocess.Popen(command, stdin=subprocess.PIPE)
+        standard_input, held_open = os.pipe()
+        driver = os.fork()
+        if driver == 0:
+            os.dup2(standard_input, 0)
+            os.close(held_open)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            drive()
+            sys.exit()
+        os.close(standard_input)
         if stopping:  # while it was being started
-            child.terminate()
-        code = child.wait()
+            os.kill(driver, signal.SIGTERM)
+        code = os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1])
+        driver = 0
+        os.close(held_open)
         if code == 0 or stopping or time.monotonic() - began_s < LASTING_S:
             return code if code >= 0 else 128 - code  # as a shell tells what a signal has ended
         print(f"the driver ended with {code}: beginning it again", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(keep([sys.executable, "-m", "ray_jobs.distill_driver", *sys.argv[1:]]))
+    sys.exit(keep(distill_driver.main))

@@ -1,8 +1,10 @@
 """Imports that somebody waits for."""
 
 import gc
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -14,3 +16,15 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def loop_of(module: str) -> Callable[[dict[str, Any]], None]:
+    """The module's `work`, for Ray Train; what it needs, torch above all, is imported in the worker
+    and by nobody before: a job that is started again then learns sooner."""
+
+    def loop(given: dict[str, Any]) -> None:
+        with importing():
+            work = importlib.import_module(module).work
+        work(given)
+
+    return loop

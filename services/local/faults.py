@@ -69,12 +69,14 @@ class Fault:
 class Victim:
     """A kind of process, by its command line, and what stops working without it.
 
-    `job`: whose it must be where both learning jobs have such processes.
+    `job`: whose it must be where both learning jobs have such processes. `forked`: it is the one
+    of them that another has forked.
     """
 
     name: str
     has: tuple[str, ...]
     job: Kind | None = None
+    forked: bool = False
     concerns: tuple[Concern, ...] = ()
     traits: dict[str, bool] = field(default_factory=dict)
 
@@ -129,7 +131,17 @@ class Victim:
                     continue
                 if job is None or process.environ().get("RAY_JOB_ID") == job.driver:
                     alive.append(process)
+        if self.forked:
+            parents = {process.pid for process in alive}
+            alive = [process for process in alive if _parent(process) in parents]
         return alive
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def kill(process: psutil.Process) -> Struck:
@@ -255,7 +267,12 @@ VICTIMS: Final = (
     Victim(name="gateway", has=("services.ingest.gateway",), concerns=("features",)),
     Victim(name="feature worker", has=("services.ingest.worker",), concerns=("features", "log")),
     Victim(name="redis", has=("redis-server",), concerns=("features", "answers")),
-    Victim(name="distillation driver", has=("ray_jobs.distill_driver",), concerns=("student",)),
+    Victim(
+        name="distillation driver",
+        has=("ray_jobs.distill_student",),
+        forked=True,
+        concerns=("student",),
+    ),
     Victim(
         name="distillation controller",
         has=("ray::TrainController",),

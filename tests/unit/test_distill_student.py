@@ -7,20 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The driver says who it is, and lives until SIGTERM, after which it ends well, or until its parent
+# is gone.
 KEEP = """
-import sys
+import os, signal, sys
 from ray_jobs import distill_student
 
+def drive():
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    print(os.getpid(), flush=True)
+    os.read(0, 1)
+    print("alone", flush=True)
+
 distill_student.LASTING_S = float(sys.argv[1])
-sys.exit(distill_student.keep([sys.executable, "-c", sys.argv[2]]))
-"""
-# Says who it is, and lives until SIGTERM, after which it ends well, or until its parent is gone.
-DRIVER = """
-import os, signal
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-print(os.getpid(), flush=True)
-os.read(0, 1)
-print("alone", flush=True)
+sys.exit(distill_student.keep(drive))
 """
 
 
@@ -48,7 +48,7 @@ def test_a_driver_learns_that_its_parent_is_gone() -> None:
 
 @contextmanager
 def _kept(*, lasting_s: float) -> "Iterator[subprocess.Popen[str]]":
-    command = [sys.executable, "-c", KEEP, str(lasting_s), DRIVER]
+    command = [sys.executable, "-c", KEEP, str(lasting_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
         try:
             yield job
