@@ -146,6 +146,13 @@ def test_every_dependency_is_pinned_in_its_range() -> None:
         assert dependency.specifier.contains(Version(pins[dependency.name])), dependency
 
 
+def test_serve_finds_haproxy_by_the_path_that_clusters_name() -> None:
+    bin_folder = Path(sys.executable).parent
+    env = {"PATH": f"{bin_folder}:/usr/bin:/bin", "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY)}
+    done = subprocess.run([HAPROXY, "-v"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("HAProxy version"), done.stderr
+
+
 def ours(services: dict[str, Any]) -> list[str]:
     found = [name for name, service in services.items() if service["image"].startswith("reflux:")]
     assert len(found) == 8
