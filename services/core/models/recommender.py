@@ -66,7 +66,8 @@ class Recommender(nn.Module):
 
     def describe(self, content: NDArray[np.int32]) -> None:
         """Take over `Catalog.content` of exactly our rows."""
-        self.encoder.describe(torch.from_numpy(content))
+        # A copy: what an actor gets from Ray may not be written to, of which torch warns.
+        self.encoder.describe(torch.tensor(content))
 
     def grow(
         self, content: NDArray[np.int32], *, optimizer: torch.optim.Optimizer | None = None
