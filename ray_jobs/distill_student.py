@@ -24,6 +24,7 @@ from typing import Final
 from ray_jobs import distill_driver
 
 LASTING_S: Final = 20.0  # a driver that ends sooner isn't begun again here: it will end again
+STOPS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def keep(drive: Callable[[], None]) -> int:
@@ -43,21 +44,24 @@ def keep(drive: Callable[[], None]) -> int:
                 os.kill(driver, signal.SIGTERM)
 
     gc.freeze()  # a collection in the fork would write to, and so copy, every page
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in STOPS:
+        signal.signal(number, stop)
     while True:
         began_s = time.monotonic()
         standard_input, held_open = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the fork would take one as `stop` does
         driver = os.fork()
         if driver == 0:
             os.dup2(standard_input, 0)
             os.close(held_open)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             drive()
             sys.exit()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         os.close(standard_input)
-        if stopping:  # while it was being started
+        if stopping:  # since the last one ended
             os.kill(driver, signal.SIGTERM)
         code = os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1])
         driver = 0

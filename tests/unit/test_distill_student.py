@@ -20,7 +20,21 @@ def drive():
     print("alone", flush=True)
 
 distill_student.LASTING_S = float(sys.argv[1])
+exec(sys.argv[2])
 sys.exit(distill_student.keep(drive))
+"""
+
+# SIGTERM comes to the parent before the fork, and from there before the fork is ready for it.
+FORK_LATE = """
+import time
+
+def late(fork=os.fork):
+    os.kill(os.getpid(), signal.SIGTERM)
+    driver = fork()
+    time.sleep(0 if driver else 1)
+    return driver
+
+os.fork = late
 """
 
 
@@ -46,9 +60,14 @@ def test_a_driver_learns_that_its_parent_is_gone() -> None:
         assert _line(job) == "alone"
 
 
+def test_a_job_that_is_stopped_while_it_forks_the_driver_stops() -> None:
+    with _kept(lasting_s=0.0, first=FORK_LATE) as job:
+        assert job.wait(timeout=30) == 128 + signal.SIGTERM
+
+
 @contextmanager
-def _kept(*, lasting_s: float) -> "Iterator[subprocess.Popen[str]]":
-    command = [sys.executable, "-c", KEEP, str(lasting_s)]
+def _kept(*, lasting_s: float, first: str = "") -> "Iterator[subprocess.Popen[str]]":
+    command = [sys.executable, "-c", KEEP, str(lasting_s), first]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
         try:
             yield job
