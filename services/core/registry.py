@@ -217,12 +217,9 @@ class Registry:
         earlier = [entry for entry in history if entry.version != undone]
         if to == undone:
             raise RegistryError(f"{kind} {undone} serves already; name an earlier one")
-        if to is None:
-            if not earlier:
-                raise RegistryError(
-                    f"{kind} {undone} is the only one that has served; promote another"
-                )
-            to = earlier[-1].version
+        if to is None and not earlier:
+            raise RegistryError(f"{kind} {undone} is the only one that has served; promote another")
+        to = earlier[-1].version if to is None else to
         while earlier and earlier[-1].version != to:
             earlier.pop()
         self.manifest(kind, to)
