@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from services.core.events import EventType
 from services.core.features import UserHistory
 from services.core.models.sequences import Features, features_of
-from services.core.models.serving import ServingStudent
+from services.core.models.serving import ServingStudent, best_of
 from services.recommend.items import Items
 from services.recommend.nearest import NARROW, Nearest
 from services.recommend.schema import RecommendRequest
@@ -23,7 +23,6 @@ Floats = NDArray[np.float32]
 _PADDING: Final[Rows] = np.zeros(1, np.int64)  # row 0 is no item
 _NOTHING: Final[Rows] = np.zeros(0, np.int64)
 _NOBODY: Final = UserHistory(user_id="")
-_LOWEST: Final = np.finfo(np.float32).min
 
 TRENDING: Final = "trending"
 TRENDING_CATEGORIES: Final = "trending_categories"
@@ -138,9 +137,9 @@ def _nearest(
             rows = nearest.candidates(h_D, excluded=excluded, among=among)
         scores = student.table_VD[rows] @ h_D + student.bias_V[rows]
         scores[np.isin(rows, excluded)] = -np.inf
-        at, best = _best(scores, n)
+        at, best = best_of(scores, n)
         if narrow or len(at) == n:
-            return rows[at].tolist(), best
+            return rows[at].tolist(), best.tolist()
     return _best_of(student.scores(h_D), n, excluded, among)
 
 
@@ -152,26 +151,8 @@ def _best_of(
         passing[among] = scores_V[among]
         scores_V = passing
     scores_V[excluded] = -np.inf
-    return _best(scores_V, n)
-
-
-def _best(scores_V: Floats, n: int) -> tuple[list[int], list[float]]:
-    """The n highest finite scores, best first; of equal ones the lower row.
-
-    The n-th highest of the columns' maxima is at most the n-th highest score, so what is lower
-    needs no sorting. At 10,000 items 14 us, against 24 by torch.topk and 134 by argpartition.
-    """
-    n_columns = max(n, len(scores_V) // 64)
-    n_lines = len(scores_V) // n_columns
-    if n_lines > 1:
-        highest = scores_V[: n_lines * n_columns].reshape(n_lines, n_columns).max(axis=0)
-        least = np.partition(highest, n_columns - n)[n_columns - n]
-        rows = np.flatnonzero(scores_V >= max(least, _LOWEST))
-    else:
-        rows = np.flatnonzero(scores_V >= _LOWEST)
-    scores = scores_V[rows]
-    order = np.argsort(-scores, kind="stable")[:n]
-    return rows[order].tolist(), scores[order].tolist()
+    rows, best = best_of(scores_V, n)
+    return rows.tolist(), best.tolist()
 
 
 def _rows_in(model: Model, categories: Iterable[str]) -> Rows:

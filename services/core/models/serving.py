@@ -1,26 +1,24 @@
-"""A student's forward pass for one user on one core, in NumPy: the same numbers in less time.
+"""A student's forward pass for one user on one core, compiled: the same numbers in less time.
 
-Its matrices are so small that PyTorch spends more on each call than on the arithmetic. Only the
-last event's hidden state is wanted, so each block computes what the blocks above it look at and no
-more; masks, rotations and the item table are computed once, norms' weights are merged into the
-matrices that follow them.
+Its matrices are so small that PyTorch and NumPy spend more on each call than on the arithmetic.
+Only the last event's hidden state is wanted, so each block computes what the blocks above it look
+at and no more; rotations and the item table are computed once.
 
 Shapes: L events, Q events a block computes, T events it looks at, D width, H heads, K head width,
-V catalog rows, N users.
+U width of the MLP, V catalog rows.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import erf
 from torch import Tensor
 
-from services.core.models.encoder import attention_mask, item_table, rotary
+from services.core.compiled import compiled
+from services.core.models.encoder import rotary
 from services.core.models.sizes import EncoderConfig
 
 Floats = NDArray[np.float32]
@@ -28,11 +26,9 @@ Ints = NDArray[np.int64]
 
 _EPS: Final = np.float32(1e-5)  # of PyTorch's LayerNorm
 _ONE: Final = np.float32(1)
+_HALF: Final = np.float32(0.5)
 _ROOT_HALF: Final = np.float32(0.5**0.5)
-_BLOCK: Final = (
-    *("norm_attention.weight", "norm_attention.bias", "qkv.weight", "out.weight"),
-    *("norm_mlp.weight", "norm_mlp.bias", "up.weight", "up.bias", "down.weight", "down.bias"),
-)
+_LOWEST: Final = np.finfo(np.float32).min
 
 
 class ServingStudent:
@@ -41,7 +37,7 @@ class ServingStudent:
     def __init__(
         self, config: EncoderConfig, weights: Mapping[str, Tensor], table_VD: Floats
     ) -> None:
-        """`weights`: a student's `state_dict`; `table_VD`: what `table_of` makes of it."""
+        """`weights`: a student's `state_dict`; `table_VD`: the item table that they make."""
         encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
         self.n_rows = len(table_VD)
         # One more than the last event can look at: the first one's gap counts as none.
@@ -52,67 +48,61 @@ class ServingStudent:
         self.bias_V = _own(weights["bias_V"])
         self.bias_V[0] = -np.inf  # padding is no item
         weight_V = encoder.get("weight_V")
-        self._weight_V1 = None if weight_V is None else _own(weight_V.exp()[:, None])
-        # What a type and a gap add, as one row: type * n_gaps + gap.
-        self._n_gaps = config.n_gaps
-        both = encoder["event_type.weight"][:, None] + encoder["gap.weight"][None]
-        self._type_gap = _own(both.flatten(0, 1))
-        self._norm_weight, self._norm_bias = (
-            _own(encoder["norm.weight"]),
-            _own(encoder["norm.bias"]),
+        self._weight_V = None if weight_V is None else _own(weight_V.exp())
+        self._embedding = (
+            _own(encoder["event_type.weight"]),
+            _own(encoder["gap.weight"]),
+            _own(encoder.get("recent.weight_KD", torch.zeros(0, config.dim))),
         )
-        recent_KD = encoder.get("recent.weight_KD", torch.zeros(0, config.dim))
-        self._recent_KD = _own(recent_KD)
+        self._norm = _Norm.of(encoder, "norm")
+        rotation = rotary(self.max_events, config.dim // config.n_heads, torch.device("cpu"))
+        cos_TK, sin_TK = map(_own, rotation)
         self._blocks = [
-            _ServingBlock.of(
-                {name: encoder[f"blocks.{at}.{name}"] for name in _BLOCK},
-                config,
-                n_events=self.max_events,
-                n_computed=1 + (config.n_layers - 1 - at) * (config.max_len - 1),
-            )
-            for at in range(config.n_layers)
+            _Block.of(encoder, f"blocks.{at}", cos_TK, sin_TK) for at in range(config.n_layers)
         ]
+        self._n_heads, self._max_len = config.n_heads, config.max_len
 
     def state(self, rows_L: Ints, types_L: Ints, gaps_L: Ints) -> Floats:
         """h_D of one user after the last event; `scores` makes logits of it. L >= 1, no padding."""
         at = slice(-self.max_events, None)
-        x_LD = self.table_VD[rows_L[at]]
-        if self._weight_V1 is None:
-            x_LD += self._type_gap[types_L[at] * self._n_gaps + gaps_L[at]]
-            x_LD = self._blend(x_LD)
+        if self._weight_V is not None:
+            x_LD = _pooled(rows_L[at], self.table_VD, self._weight_V)
         else:
-            x_LD *= self._weight_V1[rows_L[at]]
-            x_LD = x_LD.sum(0, keepdims=True) * np.float32(len(x_LD) ** -0.5)
-        for block in self._blocks:
-            x_LD = block(x_LD)
-        h_D: Floats = _normed(x_LD[-1:])[0]
-        h_D *= self._norm_weight
-        h_D += self._norm_bias
+            x_LD = _embedded(rows_L[at], types_L[at], gaps_L[at], self.table_VD, *self._embedding)
+        for above, block in zip(range(len(self._blocks) - 1, -1, -1), self._blocks, strict=True):
+            n_computed = 1 + above * (self._max_len - 1)
+            x_LD = _attended(x_LD, n_computed, self._max_len, self._n_heads, block)
+        h_D: Floats = _normed(x_LD[-1:], self._norm)[0]
         return h_D
 
     def scores(self, h_D: Floats) -> Floats:
         """scores_V, logits of the next item; row 0 (padding) scores -inf."""
-        scores_V: Floats = self.table_VD @ h_D
-        scores_V += self.bias_V
-        return scores_V
+        return _scored(self.table_VD, self.bias_V, h_D)
 
     def score_next(self, rows_L: Ints, types_L: Ints, gaps_L: Ints) -> Floats:
         """scores_V of one user's next item, from the last `max_events` events."""
         return self.scores(self.state(rows_L, types_L, gaps_L))
 
-    def _blend(self, x_LD: Floats) -> Floats:
-        """`Recent` for one user."""
-        y_LD = x_LD.copy()
-        for back, weight_D in enumerate(self._recent_KD[: len(x_LD) - 1], start=1):
-            y_LD[back:] += x_LD[:-back] * weight_D
-        return y_LD
 
-
-def table_of(weights: Mapping[str, Tensor]) -> Floats:
-    """The item table (V, D) of a student's `state_dict`."""
-    names = ("item_id.weight", "content.weight", "content_VC")
-    table_VD: Floats = item_table(*(weights[f"encoder.{name}"] for name in names)).numpy()
-    return table_VD
+@compiled
+def best_of(scores_V: Floats, n: int) -> tuple[Ints, Floats]:
+    """Rows and scores of the n highest finite scores, best first; of equal ones the lower row."""
+    rows, best = np.empty(n, np.int64), np.empty(n, np.float32)
+    found, least = 0, _LOWEST
+    for row in range(len(scores_V)):
+        score = scores_V[row]
+        # NaN is not at least anything; of equal ones the earlier row is there already.
+        if not (score > least if found == n else score >= least):
+            continue
+        at = min(found, n - 1)
+        while at > 0 and best[at - 1] < score:
+            best[at], rows[at] = best[at - 1], rows[at - 1]
+            at -= 1
+        best[at], rows[at] = score, row
+        found = min(found + 1, n)
+        if found == n:
+            least = best[n - 1]
+    return rows[:found], best[:found]
 
 
 def _own(tensor: Tensor) -> Floats:
@@ -120,119 +110,171 @@ def _own(tensor: Tensor) -> Floats:
     return np.array(tensor.detach().numpy(), np.float32, order="C", copy=True)
 
 
-def _normed(x: Floats) -> Floats:
-    """A layer norm without its weight and bias; a new array."""
-    centred, mean_D1 = _moments(x.shape[-1])
-    y: Floats = x @ centred
-    y /= np.sqrt((y * y) @ mean_D1 + _EPS)
-    return y
-
-
-@cache
-def _moments(width: int) -> tuple[Floats, Floats]:
-    """What takes the mean off, and what takes it: products cost less here than reductions."""
-    mean_D1 = np.full((width, 1), 1 / width, np.float32)
-    return np.eye(width, dtype=np.float32) - mean_D1, mean_D1
-
-
-@dataclass(frozen=True, eq=False)
-class _Linear:
-    """x @ weight + bias, with the norm before it merged in."""
-
-    weight: Floats
-    bias: Floats
+class _Norm(NamedTuple):
+    weight_D: Floats
+    bias_D: Floats
 
     @classmethod
-    def after(cls, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None) -> "_Linear":
-        """`norm`: its weight and bias."""
-        shift = weight @ norm[1]
-        merged = shift if bias is None else shift + bias
-        return cls(_own((weight * norm[0]).T), _own(merged))
-
-    def __call__(self, x: Floats) -> Floats:
-        y: Floats = x @ self.weight
-        y += self.bias
-        return y
+    def of(cls, encoder: Mapping[str, Tensor], name: str) -> "_Norm":
+        return cls(_own(encoder[f"{name}.weight"]), _own(encoder[f"{name}.bias"]))
 
 
-@dataclass(frozen=True, eq=False)
-class _ServingBlock:
-    """`Block` for the last `n_computed` events of one user.
+class _Block(NamedTuple):
+    """`encoder.Block`'s weights, turned so that they stand on the right: x @ weight."""
 
-    Rotating a head is `x * cos + swapped(x) * sin`, and the swapped halves come out of the same
-    matrix product as the head itself.
-    """
-
-    n_heads: int
-    n_computed: int
-    n_seen: int  # events that the computed ones look at, themselves included
-    mask_QT: Floats | None  # added to the attention's scores, aligned at the last event
-    cos_TD: Floats
-    sin_TD: Floats
-    query: _Linear  # to 2D: the scaled queries and their swapped halves
-    key_value: _Linear  # to 3D: keys, their swapped halves, values
-    out: Floats
-    up: _Linear
-    down: _Linear
+    norm_attention: _Norm
+    query_DD: Floats
+    key_value_D2D: Floats
+    out_DD: Floats
+    norm_mlp: _Norm
+    up_DU: Floats
+    up_U: Floats
+    down_UD: Floats
+    down_D: Floats
+    cos_TK: Floats  # K: half a head
+    sin_TK: Floats
 
     @classmethod
     def of(
-        cls, block: Mapping[str, Tensor], config: EncoderConfig, *, n_events: int, n_computed: int
-    ) -> "_ServingBlock":
-        q, k, v = block["qkv.weight"].chunk(3)
-        dim, n_heads, max_len = config.dim, config.n_heads, config.max_len
-        q = q * (dim // n_heads) ** -0.5
-        halves = torch.arange(dim).view(n_heads, 2, -1)
-        swapped = halves.flip(1).reshape(-1)
-        n_seen = min(n_computed + max_len - 1, n_events)
-        mask_LL = attention_mask(n_events, max_len, None, q.device)
-        mask_QT = torch.where(mask_LL[-n_computed:, -n_seen:], 0.0, -torch.inf)
-        cos, sin = rotary(n_events, dim // n_heads, q.device)
-        attention, mlp = (
-            (block[f"{name}.weight"], block[f"{name}.bias"])
-            for name in ("norm_attention", "norm_mlp")
-        )
+        cls, encoder: Mapping[str, Tensor], name: str, cos_TK: Floats, sin_TK: Floats
+    ) -> "_Block":
+        q, k, v = encoder[f"{name}.qkv.weight"].chunk(3)
         return cls(
-            n_heads=n_heads,
-            n_computed=n_computed,
-            n_seen=n_seen,
-            mask_QT=_own(mask_QT) if n_computed > 1 else None,
-            cos_TD=_own(torch.cat((cos, cos), dim=-1).tile(n_heads)[-n_seen:]),
-            sin_TD=_own(torch.cat((-sin, sin), dim=-1).tile(n_heads)[-n_seen:]),
-            query=_Linear.after(attention, torch.cat((q, q[swapped])), None),
-            key_value=_Linear.after(attention, torch.cat((k, k[swapped], v)), None),
-            out=_own(block["out.weight"].T),
-            up=_Linear.after(mlp, block["up.weight"], block["up.bias"]),
-            down=_Linear(_own(block["down.weight"].T / 2), _own(block["down.bias"])),
+            norm_attention=_Norm.of(encoder, f"{name}.norm_attention"),
+            query_DD=_own(q.T),
+            key_value_D2D=_own(torch.cat((k, v)).T),
+            out_DD=_own(encoder[f"{name}.out.weight"].T),
+            norm_mlp=_Norm.of(encoder, f"{name}.norm_mlp"),
+            up_DU=_own(encoder[f"{name}.up.weight"].T),
+            up_U=_own(encoder[f"{name}.up.bias"]),
+            down_UD=_own(encoder[f"{name}.down.weight"].T),
+            down_D=_own(encoder[f"{name}.down.bias"]),
+            cos_TK=cos_TK,
+            sin_TK=sin_TK,
         )
 
-    def __call__(self, x_LD: Floats) -> Floats:
-        """x_QD, the last `n_computed` (or fewer) events after this block."""
-        x_TD = x_LD[-self.n_seen :]
-        n_seen, dim = x_TD.shape
-        n_computed = min(self.n_computed, n_seen)
-        cos_TD, sin_TD = self.cos_TD[-n_seen:], self.sin_TD[-n_seen:]
-        h_TD, x_QD = _normed(x_TD), x_TD[-n_computed:]
 
-        q_Q2D, kv_T3D = self.query(h_TD[-n_computed:]), self.key_value(h_TD)
-        q_QD = q_Q2D[:, :dim] * cos_TD[-n_computed:] + q_Q2D[:, dim:] * sin_TD[-n_computed:]
-        k_TD = kv_T3D[:, :dim] * cos_TD + kv_T3D[:, dim : 2 * dim] * sin_TD
-        heads = (-1, self.n_heads, dim // self.n_heads)
-        q_HQK = q_QD.reshape(heads).transpose(1, 0, 2)
-        k_HKT = k_TD.reshape(heads).transpose(1, 2, 0)
-        v_HTK = kv_T3D[:, 2 * dim :].reshape(heads).transpose(1, 0, 2)
-        a_HQT = q_HQK @ k_HKT
-        if self.mask_QT is not None:
-            a_HQT += self.mask_QT[-n_computed:, -n_seen:]
-        a_HQT -= np.maximum.reduce(a_HQT, axis=-1, keepdims=True)
-        np.exp(a_HQT, out=a_HQT)
-        a_HQT /= np.add.reduce(a_HQT, axis=-1, keepdims=True)
-        a_QD = (a_HQT @ v_HTK).transpose(1, 0, 2).reshape(n_computed, dim)
-        x_QD = np.add(x_QD, a_QD @ self.out)
+@compiled
+def _embedded(
+    rows_L: Ints,
+    types_L: Ints,
+    gaps_L: Ints,
+    table_VD: Floats,
+    type_ED: Floats,
+    gap_GD: Floats,
+    recent_BD: Floats,
+) -> Floats:
+    """x_LD: the events, and the B before each blended in (`encoder.Recent`)."""
+    length, width = len(rows_L), table_VD.shape[1]
+    own_LD = np.empty((length, width), np.float32)
+    for i in range(length):
+        row, kind, gap = rows_L[i], types_L[i], gaps_L[i]
+        for d in range(width):
+            own_LD[i, d] = table_VD[row, d] + type_ED[kind, d] + gap_GD[gap, d]
+    x_LD = own_LD.copy()
+    for i in range(length):
+        for back in range(1, 1 + min(len(recent_BD), i)):
+            for d in range(width):
+                x_LD[i, d] += own_LD[i - back, d] * recent_BD[back - 1, d]
+    return x_LD
 
-        u_QU = self.up(_normed(x_QD))
-        gelu = erf(u_QU * _ROOT_HALF)  # the half of GELU is in `down`
-        gelu += _ONE
-        u_QU *= gelu
-        x_QD += self.down(u_QU)
-        return x_QD
+
+@compiled
+def _pooled(rows_L: Ints, table_VD: Floats, weight_V: Floats) -> Floats:
+    """x_1D of a set: its items' weighted sum, over the root of their number."""
+    length, width = len(rows_L), table_VD.shape[1]
+    x_1D = np.zeros((1, width), np.float32)
+    for i in range(length):
+        row = rows_L[i]
+        for d in range(width):
+            x_1D[0, d] += table_VD[row, d] * weight_V[row]
+    x_1D /= np.float32(math.sqrt(length))
+    return x_1D
+
+
+@compiled
+def _normed(x_LD: Floats, norm: _Norm) -> Floats:
+    y_LD, width = np.empty_like(x_LD), np.float32(x_LD.shape[1])
+    for i in range(len(x_LD)):
+        mean = variance = np.float32(0)
+        for d in range(x_LD.shape[1]):
+            mean += x_LD[i, d]
+        mean /= width
+        for d in range(x_LD.shape[1]):
+            centred = x_LD[i, d] - mean
+            variance += centred * centred
+        scale = _ONE / np.sqrt(variance / width + _EPS)
+        for d in range(x_LD.shape[1]):
+            y_LD[i, d] = (x_LD[i, d] - mean) * scale * norm.weight_D[d] + norm.bias_D[d]
+    return y_LD
+
+
+@compiled
+def _rotate(x_LD: Floats, n_heads: int, cos_LK: Floats, sin_LK: Floats) -> None:
+    """`encoder.rotate`, in place."""
+    half = x_LD.shape[1] // n_heads // 2
+    for i in range(len(x_LD)):
+        for head in range(n_heads):
+            for k in range(half):
+                one, other = head * 2 * half + k, head * 2 * half + half + k
+                a, b = x_LD[i, one], x_LD[i, other]
+                x_LD[i, one] = a * cos_LK[i, k] - b * sin_LK[i, k]
+                x_LD[i, other] = a * sin_LK[i, k] + b * cos_LK[i, k]
+
+
+@compiled
+def _softmax(a_QT: Floats, max_len: int, scale: np.float32) -> None:
+    """In place, of the `max_len` events up to each of the last Q; the others weigh nothing."""
+    n_computed, n_seen = a_QT.shape
+    for i in range(n_computed):
+        end = n_seen - n_computed + i + 1
+        first = max(0, end - max_len)
+        most, total = np.float32(-np.inf), np.float32(0)
+        for j in range(first, end):
+            most = max(most, a_QT[i, j])
+        for j in range(first, end):
+            a_QT[i, j] = math.exp((a_QT[i, j] - most) * scale)
+            total += a_QT[i, j]
+        a_QT[i, :first] = 0
+        a_QT[i, first:end] /= total
+        a_QT[i, end:] = 0
+
+
+@compiled
+def _attended(x_LD: Floats, n_computed: int, max_len: int, n_heads: int, block: _Block) -> Floats:
+    """x_QD, the last `n_computed` (or fewer) events after this block."""
+    width = x_LD.shape[1]
+    n_seen = min(n_computed + max_len - 1, len(x_LD))
+    n_computed = min(n_computed, n_seen)
+    x_TD = x_LD[len(x_LD) - n_seen :]
+    h_TD = _normed(x_TD, block.norm_attention)
+    q_QD = h_TD[n_seen - n_computed :] @ block.query_DD
+    kv_T2D = h_TD @ block.key_value_D2D
+    k_TD, v_TD = kv_T2D[:, :width], kv_T2D[:, width:]
+    _rotate(q_QD, n_heads, block.cos_TK[n_seen - n_computed :], block.sin_TK[n_seen - n_computed :])
+    _rotate(k_TD, n_heads, block.cos_TK, block.sin_TK)
+
+    a_QD, width_K = np.empty((n_computed, width), np.float32), width // n_heads
+    for head in range(n_heads):
+        own = slice(head * width_K, (head + 1) * width_K)
+        k_KT = np.ascontiguousarray(k_TD[:, own].T)
+        a_QT = np.ascontiguousarray(q_QD[:, own]) @ k_KT
+        _softmax(a_QT, max_len, np.float32(1 / math.sqrt(width_K)))
+        a_QD[:, own] = a_QT @ np.ascontiguousarray(v_TD[:, own])
+    x_QD = x_TD[n_seen - n_computed :] + a_QD @ block.out_DD
+
+    u_QU = _normed(x_QD, block.norm_mlp) @ block.up_DU
+    for i in range(n_computed):
+        for u in range(u_QU.shape[1]):
+            z = u_QU[i, u] + block.up_U[u]
+            u_QU[i, u] = _HALF * z * (_ONE + math.erf(z * _ROOT_HALF))  # GELU
+    x_QD += u_QU @ block.down_UD
+    x_QD += block.down_D
+    return x_QD
+
+
+@compiled
+def _scored(table_VD: Floats, bias_V: Floats, h_D: Floats) -> Floats:
+    scores_V = table_VD @ h_D
+    scores_V += bias_V
+    return scores_V

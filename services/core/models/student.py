@@ -11,7 +11,7 @@ K candidates.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from services.core.models.encoder import item_table
 from services.core.models.recommender import CONFIG, WEIGHTS, Recommender
-from services.core.models.serving import ServingStudent, table_of
 from services.core.models.sizes import StudentConfig
+
+if TYPE_CHECKING:
+    from services.core.models.serving import ServingStudent
 
 TABLE: Final = "table.npy"
 
@@ -52,13 +55,13 @@ class Student(Recommender):
         guess_NT: Tensor = self.to_teacher(hidden_ND)
         return guess_NT
 
-    def for_serving(self) -> ServingStudent:
+    def for_serving(self) -> "ServingStudent":
         """What answers need and nothing else, on weights of its own."""
         weights = self.state_dict()
-        return ServingStudent(self.config, weights, table_of(weights))
+        return _serving(self.config, weights, _table_of(weights))
 
     @classmethod
-    def load_for_serving(cls, directory: Path, *, share: bool = False) -> ServingStudent:
+    def load_for_serving(cls, directory: Path, *, share: bool = False) -> "ServingStudent":
         """The same of what `save` wrote, without a module that is filled with random numbers first.
 
         `share`: the item table is put beside it and mapped, so that who else loads from this
@@ -67,14 +70,29 @@ class Student(Recommender):
         config = json.loads((directory / CONFIG).read_text())
         del config["n_rows"]
         weights = load_file(directory / WEIGHTS)
-        table_VD = _mapped_table(directory, weights) if share else table_of(weights)
-        return ServingStudent(cls.config_type(**config), weights, table_VD)
+        table_VD = _mapped_table(directory, weights) if share else _table_of(weights)
+        return _serving(cls.config_type(**config), weights, table_VD)
+
+
+def _serving(
+    config: StudentConfig, weights: Mapping[str, Tensor], table_VD: NDArray[np.float32]
+) -> "ServingStudent":
+    from services.core.models.serving import ServingStudent  # a compiler, which training needs not
+
+    return ServingStudent(config, weights, table_VD)
+
+
+def _table_of(weights: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    """The item table (V, D) of a student's `state_dict`."""
+    names = ("item_id.weight", "content.weight", "content_VC")
+    table_VD: NDArray[np.float32] = item_table(*(weights[f"encoder.{n}"] for n in names)).numpy()
+    return table_VD
 
 
 def _mapped_table(directory: Path, weights: Mapping[str, Tensor]) -> NDArray[np.float32]:
     path = directory / TABLE
     if not path.exists():
         aside = path.with_suffix(".new.npy")
-        np.save(aside, table_of(weights))
+        np.save(aside, _table_of(weights))
         aside.rename(path)
     return np.asarray(np.load(path, mmap_mode="r"))
