@@ -6,7 +6,7 @@ more than they take.
 """
 
 from collections.abc import Callable
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from numba import njit
 
@@ -18,8 +18,17 @@ _FAST: Final = {"reassoc", "contract", "arcp", "nsz"}
 
 def compiled(function: F) -> F:
     """`function` as machine code, for the types that it is called with."""
+    return _made(function, nogil=False)
+
+
+def compiled_aside(function: F) -> F:
+    """The same for what takes so long that other threads should go on meanwhile."""
+    return _made(function, nogil=True)
+
+
+def _made(function: F, *, nogil: bool) -> F:
+    how: dict[str, Any] = {"fastmath": _FAST, "nogil": nogil}
     try:
-        made = njit(cache=True, fastmath=_FAST)(function)
+        return cast(F, njit(cache=True, **how)(function))
     except RuntimeError:  # nowhere to keep it: neither sources nor home may be written
-        made = njit(fastmath=_FAST)(function)
-    return cast(F, made)
+        return cast(F, njit(**how)(function))

@@ -6,7 +6,8 @@ RefluxError
 ├── DamagedFileError         a file of the offline log can't be read
 ├── DatasetError             an interaction log can't be found or read
 ├── UnavailableError         Kafka, the online store or Ray doesn't answer
-│   └── BusyError            more is under way than we hold: try again in a moment
+│   ├── BusyError            more is under way than we hold: try again in a moment
+│   └── DamagedRowError      one user's features can't be read
 ├── AccessError              the caller may not
 │   ├── UnauthorizedError    no key or token, or another one
 │   └── ForbiddenError       a key without the role
@@ -64,6 +65,10 @@ class UnavailableError(RefluxError):
 
 class BusyError(UnavailableError):
     """More is under way already than we are willing to hold."""
+
+
+class DamagedRowError(UnavailableError):
+    """What the online store has of one user can't be read; of others it can."""
 
 
 class AccessError(RefluxError):

@@ -5,11 +5,13 @@ by `push`, and a third of a millisecond for one user. Importing Feast takes seco
 when a `FeatureStore` is made.
 """
 
+import asyncio
 import copy
 import json
+import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from services.core.errors import SettingsError, UnavailableError
+from services.core.errors import DamagedRowError, SettingsError, UnavailableError
 from services.core.eventlog import EventLog
 from services.core.events import EVENTS, Item
 from services.core.history import ItemStats, Popularity, UserHistory, histories_as_of
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureStore", "ItemStats", "Popularity", "UserHistory"]
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2] / "feature_repo"
+_LENGTH: Final = struct.Struct("<I")
 WRITE_BATCH_ROWS: Final = 100  # measured: larger batches are no faster and keep readers waiting
 
 
@@ -68,17 +71,22 @@ class FeatureStore:
             repo_path=REPOSITORY, **_repository(settings, redis=connection(settings) + timeouts)
         )
         self._online = RedisOnlineStore()
-        self._serialize, self._project = serialize_entity_key, self._config.project.encode()
+        # A key is all this, the id's length, the id and the project; Feast takes 20 us for it.
+        version = self._config.entity_key_serialization_version
+        self._key_head = serialize_entity_key(protos.key("user_id", ""), version)[: -_LENGTH.size]
+        self._project = self._config.project.encode()
         # The client's default is three retries with seconds between them. One, at once, is for
         # a connection that a restarted Redis has closed.
         client = self._client()
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)))
         self._waits = self._config.online_store.model_copy(
-            # Each of the client's own deadlines is a task of its own; whoever waits has one.
-            update={"connection_string": connection(settings)}
+            update={"connection_string": connection(settings)}  # without its deadlines
         )
         self._retry = AsyncRetry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+        self._timeout_s = timeout_s
         self._waiting: Any = None
+        self._asked: list[tuple[bytes, asyncio.Future[list[bytes | None]]]] = []
+        self._reading: set[asyncio.Future[None]] = set()
         names, fields = self._online._generate_hset_keys_for_features(definitions.user_history)
         self._user_features = names[:-1]  # the last one is Feast's timestamp, which nobody reads
         self._user_fields = fields[:-1]
@@ -122,28 +130,24 @@ class FeatureStore:
 
     def read_users(self, user_ids: Sequence[str]) -> list[UserHistory]:
         """Rows in the order asked for, empty histories for unknown users; one round trip."""
-        return self._histories(user_ids, tuple)
+        return self._histories(user_ids, self._protos.stored_history)
 
     def peek_users(self, user_ids: Sequence[str]) -> list[UserHistory]:
-        """The same for answers, which wait for it and look at the end of most columns only: the
-        columns are protobuf's own lists, to be read and not compared."""
-        return self._histories(user_ids, lambda column: column)
+        """The same for answers, which wait for it: the columns are packed strings and arrays, to be
+        read and not compared."""
+        return self._histories(user_ids, self._peeked)
 
     async def await_user(self, user_id: str) -> UserHistory:
         """`peek_users` for one user, on the event loop: a third of the CPU of a thread's.
 
-        Waits for as long as it takes: the deadline is the caller's.
+        Whoever asks in the same turn of the loop shares one round trip, nobody waits for others.
         """
-        try:
-            if self._waiting is None:
-                client = self._waiting = await self._online._get_client_async(self._waits)
-                client.set_retry(self._retry)
-            row = await self._waiting.hmget(self._user_key(user_id), self._user_fields)
-        except self._redis_error as error:
-            raise self._unavailable(error) from None
-        return self._protos.stored_history(
-            user_id, dict(zip(self._user_features, row, strict=True)), lambda column: column
-        )
+        loop = asyncio.get_running_loop()
+        row: asyncio.Future[list[bytes | None]] = loop.create_future()
+        self._asked.append((self._user_key(user_id), row))
+        if len(self._asked) == 1:
+            loop.call_soon(self._ask)
+        return self._peeked(user_id, dict(zip(self._user_features, await row, strict=True)))
 
     async def stop_waiting(self) -> None:
         """Close what `await_user` opened."""
@@ -151,7 +155,51 @@ class FeatureStore:
             await self._waiting.aclose()
             self._waiting = None
 
-    def _histories(self, user_ids: Sequence[str], column: Any) -> list[UserHistory]:
+    def _ask(self) -> None:
+        asked, self._asked = self._asked, []
+        task = asyncio.ensure_future(self._read_for(asked))
+        self._reading.add(task)  # the loop itself would forget it
+        task.add_done_callback(self._reading.discard)
+
+    async def _read_for(self, asked: "list[tuple[bytes, asyncio.Future[Any]]]") -> None:
+        found: Sequence[Any]
+        try:
+            # Each of the client's own deadlines is a task of its own.
+            async with asyncio.timeout(self._timeout_s):
+                if self._waiting is None:
+                    client = self._waiting = await self._online._get_client_async(self._waits)
+                    client.set_retry(self._retry)
+                pipe = self._waiting.pipeline(transaction=False)
+                for key, _ in asked:
+                    pipe.hmget(key, self._user_fields)
+                found = await pipe.execute(raise_on_error=False)
+        except TimeoutError:
+            late = self._unavailable(TimeoutError(f"not within {self._timeout_s:g} s"))
+            found = [late] * len(asked)
+        except Exception as error:  # whoever asked must hear of it, whatever it is
+            found = [error] * len(asked)
+        for (_, row), columns in zip(asked, found, strict=True):
+            if row.done():  # whoever asked has gone
+                continue
+            if isinstance(columns, self._redis_error):
+                row.set_exception(self._unavailable(columns))
+            elif isinstance(columns, Exception):
+                row.set_exception(columns)
+            else:
+                row.set_result(columns)
+
+    def _peeked(self, user_id: str, stored: Mapping[str, bytes | None]) -> UserHistory:
+        try:
+            return self._protos.peeked_history(user_id, stored)
+        except ValueError as error:
+            raise DamagedRowError(
+                f"this user's history in Redis can't be read ({error}); `reflux features rebuild` "
+                "makes it anew from the log"
+            ) from None
+
+    def _histories(
+        self, user_ids: Sequence[str], read: Callable[[str, dict[str, bytes | None]], UserHistory]
+    ) -> list[UserHistory]:
         """What Feast wrote, found by its keys; its own way of reading makes more of it."""
         keys, fields = [self._user_key(user_id) for user_id in user_ids], self._user_fields
         try:
@@ -165,9 +213,9 @@ class FeatureStore:
                     found = pipe.execute()
         except self._redis_error as error:
             raise self._unavailable(error) from None
-        stored, names = self._protos.stored_history, self._user_features
+        names = self._user_features
         return [
-            stored(user_id, dict(zip(names, row, strict=True)), column)
+            read(user_id, dict(zip(names, row, strict=True)))
             for user_id, row in zip(user_ids, found, strict=True)
         ]
 
@@ -246,8 +294,8 @@ class FeatureStore:
 
     def _user_key(self, user_id: str) -> bytes:
         """Where Feast keeps this user's row in Redis."""
-        version = self._config.entity_key_serialization_version
-        return self._serialize(self._protos.key("user_id", user_id), version) + self._project
+        name = user_id.encode()
+        return b"".join((self._key_head, _LENGTH.pack(len(name)), name, self._project))
 
     def purge(self) -> None:
         """Have Redis write its append-only file anew, without what has been deleted, where it has

@@ -41,3 +41,4 @@ def configure(settings: Settings) -> None:
     # They tell of every connection, and on a busy machine of every loop that took .1 s.
     logging.getLogger("kafka").setLevel(logging.WARNING)
     logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
+    logging.getLogger("numba").setLevel(logging.WARNING)  # of every instruction that it compiles

@@ -3,17 +3,21 @@
 Shapes: L events of the history, V catalog rows (row 0 is no item).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from services.core.events import EventType
+from services.core.compiled import compiled
 from services.core.features import UserHistory
-from services.core.models.sequences import Features, features_of
+from services.core.models.sequences import N_GAPS, RATING, TYPES, VIEW, Features
 from services.core.models.serving import ServingStudent, best_of
+from services.core.strings import StringIndex
 from services.recommend.items import Items
 from services.recommend.nearest import NARROW, Nearest
 from services.recommend.schema import RecommendRequest
@@ -90,25 +94,57 @@ def _features(
 
     An item that this model doesn't know leaves no gap: it is as if it had not been.
     """
-    rows = np.concatenate([stored, recent])
-    known = np.flatnonzero(rows)[-model.student.max_events :]
-    at = known[known < len(stored)]
-    just_now = len(known) - len(at)
     past = history or _NOBODY
-    # Only these few of perhaps hundreds become Python's objects.
-    few = slice(at[0], at[-1] + 1) if len(at) else slice(0)
-    types, values = list(past.event_types[few]), list(past.values[few])
-    stamps_ms = list(past.timestamps_ms[few])
-    if len(types) > len(at):  # items between them that this model doesn't know
-        within = (at - at[0]).tolist()
-        types, values = [types[i] for i in within], [values[i] for i in within]
-        stamps_ms = [stamps_ms[i] for i in within]
-    return features_of(
-        rows[known],
-        types + [EventType.VIEW.value] * just_now,
-        np.asarray(stamps_ms + [now_ms] * just_now, np.int64),
-        np.asarray(values + [np.nan] * just_now, np.float64),
+    return Features(
+        *_latest(
+            stored,
+            _types().places(past.event_types),
+            np.asarray(past.timestamps_ms, np.int64),
+            np.asarray(past.values, np.float64),
+            recent,
+            now_ms,
+            model.student.max_events,
+        )
     )
+
+
+@cache
+def _types() -> StringIndex:
+    """An event type's place is its code."""
+    return StringIndex.of(pa.array(TYPES))
+
+
+@compiled
+def _latest(
+    stored: Rows,
+    types: Rows,
+    stamps_ms: Rows,
+    values: NDArray[np.float64],
+    recent: Rows,
+    now_ms: int,
+    most: int,
+) -> tuple[Rows, Rows, Rows]:
+    """Rows, types and gaps as `sequences.features_of` has them, of the last `most` known events."""
+    rows, kinds = np.empty(most, np.int64), np.empty(most, np.int64)
+    times_ms, gaps = np.empty(most, np.int64), np.zeros(most, np.int64)
+    first = most  # they are filled from their end
+    for i in range(len(stored) + len(recent) - 1, -1, -1):
+        if first == 0:
+            break
+        is_recent = i >= len(stored)
+        row = recent[i - len(stored)] if is_recent else stored[i]
+        if row == 0:
+            continue
+        first -= 1
+        rows[first] = row
+        times_ms[first] = now_ms if is_recent else stamps_ms[i]
+        kinds[first] = VIEW if is_recent else types[i]
+        if kinds[first] == RATING and not math.isnan(values[i]):
+            kinds[first] += int(min(max(float(np.rint(values[i])), 1.0), 5.0))
+    for i in range(first + 1, most):
+        gap_s = max(0, times_ms[i] - times_ms[i - 1]) / 1000
+        gaps[i] = min(N_GAPS - 1, 1 + math.ceil(math.log2(1 + gap_s)))
+    return rows[first:], kinds[first:], gaps[first:]
 
 
 def _not_yet_in(history: UserHistory | None, recent_items: list[str]) -> list[str]:
@@ -164,6 +200,7 @@ def _rows_in(model: Model, categories: Iterable[str]) -> Rows:
 
 def _unknown(model: Model, request: RecommendRequest) -> list[str]:
     """What of the request this model has never heard of, in the request's order."""
-    ids = [i for i in (*request.recent_items, *request.exclude) if i not in model.catalog]
+    asked = [*request.recent_items, *request.exclude]
+    ids = [i for i, row in zip(asked, model.catalog.rows(asked), strict=True) if row == 0]
     names = [n for n in request.categories if model.catalog.in_category(n) is None]
     return list(dict.fromkeys([*ids, *names]))

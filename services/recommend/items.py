@@ -7,8 +7,8 @@ had, so `Items.of` takes over what is the same.
 Shapes: V rows (row 0 is no item).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NamedTuple, Self
 
@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from services.core.strings import StringIndex
 
 Rows = NDArray[np.int64]
 
@@ -35,39 +37,12 @@ class Card(NamedTuple):
     categories: list[str] | None
 
 
-@dataclass(eq=False)
-class _Index:
-    """Rows by item id, of the longest catalog so far; catalogs that it begins with share it."""
-
-    ids: pa.Array
-    row_of: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, ids: pa.Array, previous: "_Index | None") -> "_Index":
-        if previous is not None:
-            n_old = len(previous.ids)
-            if previous.ids[: len(ids)].equals(ids[:n_old]):
-                previous._take_in(ids[n_old:], first_row=1 + n_old)
-                if len(ids) > n_old:
-                    previous.ids = ids
-                return previous
-        index = cls(ids)
-        index._take_in(ids, first_row=1)
-        return index
-
-    def _take_in(self, ids: pa.Array, *, first_row: int) -> None:
-        rows = dict(zip(ids.to_pylist(), range(first_row, first_row + len(ids)), strict=True))
-        if len(rows) != len(ids) or not self.row_of.keys().isdisjoint(rows):
-            raise ValueError("catalog table: an item stands there twice")
-        self.row_of.update(rows)
-
-
 @dataclass(frozen=True, eq=False)
 class Items:
     """The catalog of one model version; `len(items)` is V."""
 
     popularity: NDArray[np.float32]  # (V,): interactions, decayed; row 0 has -inf
-    _index: _Index
+    _index: StringIndex
     _titles: pa.Array  # from row 1 on, like all columns
     _categories: pa.Array
     _rows_of_category: dict[str, Rows]  # by case-folded name
@@ -81,11 +56,14 @@ class Items:
         )
         if not np.array_equal(table["row"].to_numpy(), np.arange(1, 1 + len(ids))):
             raise ValueError("catalog table: rows must be 1..n in order")
-        index = _Index.of(ids, previous._index if previous else None)
+        try:
+            index = StringIndex.of(ids, previous._index if previous else None)
+        except ValueError as error:
+            raise ValueError(f"catalog table: {error}") from None
+        # Cards are by row: they stay where the rows mean the same items, and those are the same.
         same = (
             previous is not None
-            and index is previous._index
-            and len(ids) + 1 >= len(previous)  # else some cards are of what nobody compares
+            and ids[: len(previous) - 1].equals(previous._index.strings)
             and _alike(titles, previous._titles)
             and _alike(categories, previous._categories)
         )
@@ -104,17 +82,14 @@ class Items:
         return len(self.popularity)
 
     def __contains__(self, item_id: object) -> bool:
-        return 0 < self._index.row_of.get(item_id, 0) < len(self)  # type: ignore[call-overload]
+        return isinstance(item_id, str) and bool(self.rows([item_id])[0])
 
-    def rows(self, item_ids: Iterable[str]) -> Rows:
+    def rows(self, item_ids: Sequence[str]) -> Rows:
         """The items' rows, in order; 0 for those that have none."""
-        row_of, n_rows = self._index.row_of, len(self)
-        rows = np.asarray([row_of.get(item_id, 0) for item_id in item_ids], np.int64)
-        rows[rows >= n_rows] = 0  # of a longer catalog that shares the index
-        return rows
+        return self._index.places(item_ids) if len(item_ids) else _NOTHING
 
     def ids(self, rows: Sequence[int] | Rows) -> list[str]:
-        return _taken(self._index.ids, rows)
+        return _taken(self._index.strings, rows)
 
     def titles(self, rows: Sequence[int] | Rows) -> list[str | None]:
         return _taken(self._titles, rows)

@@ -10,7 +10,10 @@ from typing import Final
 
 import pyarrow.parquet as pq
 
+from services.core import wire
+from services.core.catalog import Catalog
 from services.core.errors import NothingServingError
+from services.core.models.sizes import StudentConfig
 from services.core.models.student import Student
 from services.core.registry import MANIFEST, Registry, Serving
 from services.recommend.engine import Model, rank
@@ -132,6 +135,19 @@ def load_apart(registry: Registry, version: int, *, exact_items: int) -> Model:
     """A version of the registry's, for whoever doesn't follow what serves."""
     with tempfile.TemporaryDirectory(prefix="reflux-model-") as aside:
         return load(registry.fetch("student", version, Path(aside)), exact_items=exact_items)
+
+
+def rehearse() -> None:
+    """Have what answers run compiled before there is a model: ten seconds, once on a machine."""
+    for read in (wire.strings, wire.integers, wire.doubles):
+        read(b"")
+    catalog = Catalog()
+    catalog.add(["item"])
+    config = StudentConfig(dim=2, n_layers=1, n_heads=1, max_len=2, n_recent=1, teacher_dim=1)
+    student = Student(config, n_rows=len(catalog)).for_serving()
+    items = Items.of(catalog.to_table())
+    made = Model(version=0, teacher_version=None, arrivals_ms=(), student=student, catalog=items)
+    warm_up(made)
 
 
 def warm_up(model: Model) -> None:

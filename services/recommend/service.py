@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import orjson
 import torch
 
@@ -24,7 +25,7 @@ from services.recommend.engine import Model, Ranking, rank
 from services.recommend.histories import Histories
 from services.recommend.impressions import Impressions, Shown
 from services.recommend.items import Card, Items
-from services.recommend.live import LiveModel
+from services.recommend.live import LiveModel, rehearse
 from services.recommend.schema import BatchRequest, RecommendRequest
 from services.recommend.shown import ShownItems
 from services.recommend.telemetry import NodeMetrics, Telemetry
@@ -69,9 +70,10 @@ class Recommender:
         """Everything slow, before the first request: Feast's import takes seconds."""
         timeout_s = self._settings.feature_timeout_s
         store = await asyncio.to_thread(FeatureStore, self._settings, timeout_s=timeout_s)
-        self._histories = Histories(store, timeout_s=timeout_s)
+        self._histories = Histories(store)
         # One answer, one core: replicas are how more cores are used.
         torch.set_num_threads(1)
+        self._batches.submit(rehearse)
         await asyncio.to_thread(self._live.start)
         await asyncio.to_thread(self._trial.start)
         if self._settings.impressions:
@@ -138,7 +140,7 @@ class Recommender:
             else:
                 self._impressions.offer(shown)
         if log.isEnabledFor(logging.DEBUG):
-            newest = history.event_keys[-1] if history and history.event_keys else None
+            newest = int(history.event_keys[-1]) if history and len(history.event_keys) else None
             log.debug(
                 "answered",
                 extra={
@@ -168,8 +170,8 @@ class Recommender:
         columns = (
             item_ids,
             history.event_types[-n:],
-            history.timestamps_ms[-n:],
-            history.values[-n:],
+            np.asarray(history.timestamps_ms[-n:], np.int64).tolist(),
+            np.asarray(history.values[-n:], np.float64).tolist(),
             catalog.titles(rows),
             catalog.categories(rows),
         )

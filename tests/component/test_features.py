@@ -3,12 +3,17 @@
 import asyncio
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.core.errors import SettingsError, UnavailableError
+from services.core import wire
+from services.core.errors import DamagedRowError, SettingsError, UnavailableError
 from services.core.events import Item
 from services.core.features import FeatureStore
 from services.core.history import ItemStats, Popularity, UserHistory, event_key
@@ -70,10 +75,67 @@ def test_our_read_of_a_user_equals_feasts_own(settings: Settings) -> None:
 
     peeks = (*store.peek_users(user_ids), *asyncio.run(awaited()))
     for peeked, row in zip(peeks, 2 * expected, strict=True):
-        columns = ("item_ids", "event_types", "timestamps_ms", "values", "event_keys")
-        same: dict[str, Any] = {name: tuple(getattr(peeked, name)) for name in columns}
-        assert repr(replace(peeked, **same)) == repr(row)
+        columns: dict[str, Any] = {
+            **{name: tuple(getattr(peeked, name)) for name in ("item_ids", "event_types")},
+            **{
+                name: tuple(np.asarray(getattr(peeked, name)).tolist())
+                for name in ("timestamps_ms", "values", "event_keys")
+            },
+        }
+        assert repr(replace(peeked, **columns)) == repr(row)
     assert expected[0] == rows[0]
+
+
+def test_who_asks_together_is_answered_each_for_themselves(settings: Settings) -> None:
+    import redis
+
+    store = FeatureStore(settings)
+    row, damaged, strange = (history(f"features-{name}", 3) for name in ("whole", "cut", "list"))
+    store.write_users([row, damaged])
+    host, port = settings.redis.split(":")
+    with redis.Redis(host, int(port)) as client:
+        key = store._user_key(damaged.user_id)
+        cut = {name: value[:-1] for name, value in client.hgetall(key).items() if len(value) > 9}
+        client.hset(key, mapping=cut)
+        client.rpush(store._user_key(strange.user_id), "no hash")
+    user_ids = [row.user_id, damaged.user_id, strange.user_id, "features-nobody"]
+
+    async def together() -> list[UserHistory | BaseException]:
+        try:
+            asked = [store.await_user(user_id) for user_id in user_ids]
+            return await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            await store.stop_waiting()
+
+    found, cut_off, no_row, nobody = asyncio.run(together())
+    assert isinstance(found, UserHistory) and tuple(found.item_ids) == row.item_ids
+    assert isinstance(cut_off, DamagedRowError) and "features rebuild" in str(cut_off)
+    assert isinstance(no_row, UnavailableError) and "WRONGTYPE" in str(no_row)
+    assert nobody == UserHistory(user_id="features-nobody")
+
+
+@given(st.data())
+def test_lists_are_read_as_protobuf_reads_them(data: st.DataObject) -> None:
+    from feast.protos.feast.types.Value_pb2 import DoubleList, Int64List, StringList, Value
+
+    texts = data.draw(st.lists(st.text(max_size=200), max_size=40))
+    integers = data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40))
+    doubles = data.draw(st.lists(st.floats(), max_size=40))
+    strings = Value(string_list_val=StringList(val=texts)).SerializeToString()
+    whole = Value(int64_list_val=Int64List(val=integers)).SerializeToString()
+    real = Value(double_list_val=DoubleList(val=doubles)).SerializeToString()
+    assert list(wire.strings(strings)) == texts
+    assert wire.integers(whole).tolist() == integers
+    np.testing.assert_array_equal(wire.doubles(real), doubles)
+    for read, value in ((wire.strings, strings), (wire.integers, whole), (wire.doubles, real)):
+        for bytes_left in range(1, len(value)):
+            with pytest.raises(ValueError, match="cut off"):
+                read(value[:bytes_left])
+        with pytest.raises(ValueError, match="more than"):
+            read(value + b"\0")
+        noise = data.draw(st.binary(max_size=60))
+        with suppress(ValueError):
+            read(noise)  # whatever it is, nothing beyond it is read
 
 
 def test_a_rewrite_with_the_same_or_an_older_event_time_is_not_dropped(settings: Settings) -> None:

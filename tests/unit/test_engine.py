@@ -1,14 +1,20 @@
 """The ranking engine: what it leaves out, what it falls back on, and that it is exact."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from services.core.events import INTERACTIONS
 from services.core.features import UserHistory
+from services.core.models.sequences import features_of
 from services.core.models.sizes import StudentConfig
 from services.core.models.student import Student
+from services.recommend import engine
 from services.recommend.engine import TRENDING, TRENDING_CATEGORIES, Model, Ranking, rank
 from services.recommend.items import Items
 from services.recommend.schema import RecommendRequest
@@ -66,6 +72,39 @@ def test_personal_answers_are_exact_and_leave_out_what_was_seen(model: Model) ->
     # One event more, and the order is another one.
     after, _ = answer(model, history(*seen.item_ids, item(4)), n=100, include_seen=True)
     assert after != everything
+
+
+def columns(events: list[tuple[str, str, int, float]]) -> list[tuple[Any, ...]]:
+    return [tuple(one[at] for one in events) for at in range(4)]
+
+
+event = st.tuples(
+    st.sampled_from([item(1), item(2), item(40), "unheard-of"]),
+    st.sampled_from([*INTERACTIONS, "of a later version"]),
+    st.integers(0, NOW_MS) | st.integers(NOW_MS - 10_000, NOW_MS + 10_000),
+    st.floats(allow_infinity=False) | st.sampled_from([0.5, 1.5, 2.5, 4.5]),
+)
+
+
+@given(st.lists(event, max_size=40), st.lists(st.sampled_from([item(3), "new"]), max_size=3))
+def test_answers_read_events_as_training_does(
+    model: Model, events: list[tuple[str, str, int, float]], recent: list[str]
+) -> None:
+    events.sort(key=lambda one: one[2])
+    known = [one for one in events if one[0] in model.catalog]
+    known += [(one, "view", NOW_MS, np.nan) for one in recent if one in model.catalog]
+    rows, types, stamps_ms, values = columns(known[-model.student.max_events :])
+    ids, kinds, times_ms, stars = columns(events)
+    past = UserHistory(
+        user_id="u", item_ids=ids, event_types=kinds, timestamps_ms=times_ms, values=stars
+    )
+    catalog = model.catalog
+    found = engine._features(model, past, catalog.rows(ids), catalog.rows(recent), NOW_MS)
+    expected = features_of(
+        catalog.rows(rows), types, np.asarray(stamps_ms, np.int64), np.asarray(values, float)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_filters_leave_only_what_passes_them_all(model: Model) -> None:

@@ -108,6 +108,7 @@ def test_the_next_version_finds_what_is_new(model: Model) -> None:
     before = replace(model, student=learned, catalog=grown, nearest=None)
     (best,) = grown.rows(ask(before, [item(1)], n=1)).tolist()
     newest = len(grown) - 1  # much like the best so far, and better
+    learned.table_VD = learned.table_VD.copy()
     learned.table_VD[newest] = learned.table_VD[best]
     learned.bias_V[newest] = learned.bias_V[best] + 0.1
     following = Nearest.build(learned, grown.popularity)
@@ -119,7 +120,7 @@ def test_the_next_version_finds_what_is_new(model: Model) -> None:
 
 def test_items_that_are_like_no_others_are_found_too(exact: Model) -> None:
     apart = student()
-    apart.table_VD[1:] = np.random.default_rng(0).standard_normal(apart.table_VD[1:].shape)
+    apart.table_VD = np.random.default_rng(0).standard_normal(apart.table_VD.shape, np.float32)
     scanned = replace(exact, student=apart)
     nearest = Nearest.build(apart, exact.catalog.popularity)
     assert recall(replace(scanned, nearest=nearest), scanned) >= RECALL - 0.01

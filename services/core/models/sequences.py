@@ -22,16 +22,22 @@ N_TYPES: Final = 16  # 0: padding; one code per event type; a rating's depends o
 
 COMPACT: Final = (np.int32, np.int8, np.int8)
 
-_CODE_OF: Final = {
-    EventType.VIEW.value: 1,
-    EventType.CLICK.value: 2,
-    EventType.CART.value: 3,
-    EventType.PURCHASE.value: 4,
-    EventType.LIKE.value: 5,
-    EventType.RATING.value: 6,  # a rating without a value; with one, 7..11 for 1..5
-}
+# In the order of their codes, from 1; what a model has learned of one stays where it is.
+TYPES: Final = tuple(
+    kind.value
+    for kind in (
+        EventType.VIEW,
+        EventType.CLICK,
+        EventType.CART,
+        EventType.PURCHASE,
+        EventType.LIKE,
+        EventType.RATING,  # a rating without a value; with one, 7..11 for 1..5
+    )
+)
+_CODE_OF: Final = {name: code for code, name in enumerate(TYPES, start=1)}
+VIEW: Final = _CODE_OF[EventType.VIEW.value]
+RATING: Final = _CODE_OF[EventType.RATING.value]
 _FIRST: Final = slice(1)
-_RATING: Final = _CODE_OF[EventType.RATING.value]
 
 
 class Features(NamedTuple):
@@ -113,7 +119,7 @@ def type_codes(types: Sequence[str], values: NDArray[np.float64] | None = None) 
     codes = np.fromiter(map(_CODE_OF.get, types, repeat(0)), np.int64, len(types))
     if values is not None:
         stars = np.minimum(np.maximum(np.rint(values), 1), 5)  # NaN stays NaN
-        valued = (codes == _RATING) & (stars == stars)
+        valued = (codes == RATING) & (stars == stars)
         codes[valued] += stars[valued].astype(np.int64)
     return codes
 

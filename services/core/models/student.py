@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from services.core.models.encoder import item_table
 from services.core.models.recommender import CONFIG, WEIGHTS, Recommender
-from services.core.models.sizes import StudentConfig
+from services.core.models.sizes import EncoderConfig, StudentConfig
 
 if TYPE_CHECKING:
     from services.core.models.serving import ServingStudent
@@ -75,7 +75,7 @@ class Student(Recommender):
 
 
 def _serving(
-    config: StudentConfig, weights: Mapping[str, Tensor], table_VD: NDArray[np.float32]
+    config: EncoderConfig, weights: Mapping[str, Tensor], table_VD: NDArray[np.float32]
 ) -> "ServingStudent":
     from services.core.models.serving import ServingStudent  # a compiler, which training needs not
 
