@@ -126,7 +126,8 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
-        "HAPROXY_FOR_SERVE": get_haproxy_binary(),
+        # Empty, it finds the package's: what clusters' environments name is the script itself.
+        "HAPROXY_FOR_SERVE": "" if _names_our_script() else get_haproxy_binary(),
         "HAPROXY_REPLICA_REQUESTS": str(taken_at_once(settings) + SHED_AT_ONCE),
         # User code in the replica's own event loop, no log line on the way: half the CPU.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -152,6 +153,10 @@ def proxy_environment(settings: Settings, *, scratch: Path) -> dict[str, str]:
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     }
+
+
+def _names_our_script() -> bool:
+    return Path(os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")).name == HAPROXY.name
 
 
 def _connect(settings: Settings, deadline: float) -> "ServeSubmissionClient":

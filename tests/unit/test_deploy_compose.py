@@ -1,6 +1,7 @@
 """The image and the compose file: valid by docker's own tool, and in the code's own words."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -146,11 +147,16 @@ def test_every_dependency_is_pinned_in_its_range() -> None:
         assert dependency.specifier.contains(Version(pins[dependency.name])), dependency
 
 
-def test_serve_finds_haproxy_by_the_path_that_clusters_name() -> None:
-    bin_folder = Path(sys.executable).parent
-    env = {"PATH": f"{bin_folder}:/usr/bin:/bin", "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY)}
-    done = subprocess.run([HAPROXY, "-v"], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("HAProxy version"), done.stderr
+def test_serve_finds_haproxy_by_the_path_that_clusters_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(HAPROXY))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    with_up = proxy_environment(Settings(proxy="haproxy"), scratch=tmp_path)  # `reflux up` there
+    for more in ({}, with_up):
+        env = {**os.environ, **more}
+        done = subprocess.run([HAPROXY, "-v"], env=env, capture_output=True, text=True, timeout=60)
+        assert done.stdout.startswith("HAProxy version"), done.stderr
 
 
 def ours(services: dict[str, Any]) -> list[str]:
