@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ray_jobs.spectral import start_items
 from services.core.losses import full_softmax
 from services.core.metrics import ndcg_at, ranks_of
-from services.core.models.recommender import Recommender
+from services.core.models.recommender import WEIGHTS, Recommender
 from services.core.models.sequences import Layout, Packed, Sequences, sequences_of
 from services.core.models.sizes import EncoderConfig, StudentConfig
 from services.core.models.student import Student
@@ -168,6 +169,17 @@ def test_serving_scores_a_set_as_training_does(n_events: int) -> None:
     served = student.for_serving().score_next(*(one[0].numpy() for one in (rows, types, gaps)))
     trained = student.scores(student(rows, types, gaps)[:, -1])[0]
     torch.testing.assert_close(torch.from_numpy(served), trained)
+
+
+def test_weights_of_other_shapes_are_not_served(tmp_path: Path) -> None:
+    student = Student(STUDENT, n_rows=N_ROWS)
+    student.save(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    Student.load_for_serving(tmp_path)
+    for name in ("bias_V", "encoder.gap.weight", "encoder.blocks.0.up.bias"):
+        save_file({**weights, name: weights[name][:-1].clone()}, tmp_path / WEIGHTS)
+        with pytest.raises(ValueError, match=name):
+            Student.load_for_serving(tmp_path)
 
 
 def test_items_begin_beside_those_they_are_had_with() -> None:

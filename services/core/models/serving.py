@@ -19,6 +19,7 @@ from torch import Tensor
 
 from services.core.compiled import compiled
 from services.core.models.encoder import rotary
+from services.core.models.sequences import N_GAPS, N_TYPES
 from services.core.models.sizes import EncoderConfig
 
 Floats = NDArray[np.float32]
@@ -39,6 +40,8 @@ class ServingStudent:
     ) -> None:
         """`weights`: a student's `state_dict`; `table_VD`: the item table that they make."""
         encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+        if config.n_types < N_TYPES or config.n_gaps < N_GAPS:  # `_embedded` doesn't look
+            raise ValueError(f"{config.n_types} event types and {config.n_gaps} gaps are too few")
         self.n_rows = len(table_VD)
         # One more than the last event can look at: the first one's gap counts as none.
         looks_at = config.n_layers * (config.max_len - 1) + 1 + config.n_recent

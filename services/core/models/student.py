@@ -10,6 +10,7 @@ K candidates.
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -63,15 +64,29 @@ class Student(Recommender):
     @classmethod
     def load_for_serving(cls, directory: Path, *, share: bool = False) -> "ServingStudent":
         """The same of what `save` wrote, without a module that is filled with random numbers first.
+        ValueError for weights of other shapes: compiled loops would read what is beside them.
 
         `share`: the item table is put beside it and mapped, so that who else loads from this
         directory has the same pages. It may be deleted meanwhile, but not written to.
         """
-        config = json.loads((directory / CONFIG).read_text())
-        del config["n_rows"]
-        weights = load_file(directory / WEIGHTS)
+        sizes = json.loads((directory / CONFIG).read_text())
+        n_rows = sizes.pop("n_rows")
+        config, weights = cls.config_type(**sizes), load_file(directory / WEIGHTS)
+        shapes = {name: one.shape for name, one in weights.items()}
+        if found := shapes.items() ^ _shapes(config, n_rows).items():
+            raise ValueError(f"weights of other shapes than their sizes say: {sorted(found)[:4]}")
         table_VD = _mapped_table(directory, weights) if share else _table_of(weights)
-        return _serving(cls.config_type(**config), weights, table_VD)
+        if table_VD.shape != (n_rows, config.dim):
+            raise ValueError(f"an item table of {table_VD.shape}, not {(n_rows, config.dim)}")
+        return _serving(config, weights, table_VD)
+
+
+@lru_cache(maxsize=4)  # 10 ms, and a version's are mostly those of the one before
+def _shapes(config: StudentConfig, n_rows: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {
+            name: one.shape for name, one in Student(config, n_rows=n_rows).state_dict().items()
+        }
 
 
 def _serving(
