@@ -22,13 +22,16 @@ GIB, MB = 2**30, 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """By deploy/measure.py, 2026-11-22, recipe tiny_cpu. `_us`: CPU microseconds."""
+    """By deploy/measure.py, 2026-11-22, recipe tiny_cpu. `_us`: CPU microseconds.
+
+    Answers: by `reflux bench serve`, 2026-11-28, with 10,000 and 1,000,000 items.
+    """
 
     request_us: float = 1_170.0  # of the gateway, whatever is in it
     event_us: float = 52.0  # of the gateway, for each event in a request
     worker_us: float = 292.5  # feature worker: online and log
-    answer_us: float = 2_940.0  # online read of a long row, encoder (2,640), HTTP (300) ...
-    answer_us_per_item: float = 0.0123  # ... and every item scored
+    answer_us: float = 1_480.0  # proxy, Serve, online read, encoder ...
+    answer_us_per_item: float = 0.003  # ... and every item scored, of a big catalog coarsely
     student_us: float = 205.0  # distillation: the student's share of an event ...
     student_us_per_item: float = 0.074  # ... of which most is the softmax over all items
     teacher_us: float = 186.0  # labels, where CPUs give them
