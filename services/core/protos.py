@@ -10,7 +10,6 @@ from typing import Any, Final, TypeAlias
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import DoubleList, Int64List, StringList, Value
 
-from services.core import wire
 from services.core.events import Item
 from services.core.history import Popularity, UserHistory
 
@@ -81,6 +80,8 @@ def peeked_history(user_id: str, stored: Mapping[str, bytes | None]) -> UserHist
 
     ValueError for a row that is none of ours.
     """
+    from services.core import wire  # a compiler, which who writes has no use for
+
     if stored["n_events"] is None:
         return UserHistory(user_id=user_id)
     columns: dict[str, Any] = {
