@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -62,6 +64,12 @@ def test_answers(live: Settings, promote: Callable[[], int]) -> None:
         assert "reflux_answer_seconds_bucket" in metrics
         assert "reflux_model_version 1.0" in metrics
         assert "reflux_weight_freshness_seconds_count 2.0" in metrics
+
+
+def test_after_the_rehearsal_no_answer_waits_for_the_compiler() -> None:
+    command = [sys.executable, "-m", "tests.component.rehearsed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_batch_answers_each_user_as_alone_and_in_order(
