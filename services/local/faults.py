@@ -198,8 +198,8 @@ def _to_teacher(strike: Callable[[psutil.Process], Struck]) -> Callable[[World],
             return bool(_saved_by_teachers(settings) - saved)
 
         wait(f"{job} trains", saves, give_up_s=TEACHER_S)
-        saved = _saved_by_teachers(settings)
         struck = strike(TEACHER_WORKER.find(settings))
+        saved = _saved_by_teachers(settings)  # what came while we looked for it is no sign of life
 
         def back() -> bool:
             return saves() or teachers.latest("teacher") != newest
