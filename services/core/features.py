@@ -5,7 +5,6 @@ by `push`, and a third of a millisecond for one user. Importing Feast takes seco
 when a `FeatureStore` is made.
 """
 
-import asyncio
 import copy
 import json
 import struct
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
+from services.core.awaited import AwaitedRows
 from services.core.errors import DamagedRowError, SettingsError, UnavailableError
 from services.core.eventlog import EventLog
 from services.core.events import EVENTS, Item
@@ -79,17 +79,11 @@ class FeatureStore:
         # a connection that a restarted Redis has closed.
         client = self._client()
         client.set_retry(Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)))
-        self._waits = self._config.online_store.model_copy(
-            update={"connection_string": connection(settings)}  # without its deadlines
-        )
         self._retry = AsyncRetry(NoBackoff(), 1, supported_errors=(ConnectionError,))
-        self._timeout_s = timeout_s
-        self._waiting: Any = None
-        self._asked: list[tuple[bytes, asyncio.Future[list[bytes | None]]]] = []
-        self._reading: set[asyncio.Future[None]] = set()
         names, fields = self._online._generate_hset_keys_for_features(definitions.user_history)
         self._user_features = names[:-1]  # the last one is Feast's timestamp, which nobody reads
         self._user_fields = fields[:-1]
+        self._awaited = AwaitedRows(self._connect_to_wait, self._user_fields, timeout_s=timeout_s)
 
     def apply(self) -> None:
         """`feast apply` for the settings' addresses; doing it again changes nothing.
@@ -138,59 +132,24 @@ class FeatureStore:
         return self._histories(user_ids, self._peeked)
 
     async def await_user(self, user_id: str) -> UserHistory:
-        """`peek_users` for one user, on the event loop: a third of the CPU of a thread's.
-
-        Whoever asks in the same turn of the loop shares one round trip (15 do at saturation, which
-        saves 15% of an answer's CPU), nobody waits for others.
-        """
-        loop = asyncio.get_running_loop()
-        row: asyncio.Future[list[bytes | None]] = loop.create_future()
-        self._asked.append((self._user_key(user_id), row))
-        if len(self._asked) == 1:
-            loop.call_soon(self._ask)
-        return self._peeked(user_id, dict(zip(self._user_features, await row, strict=True)))
+        """`peek_users` for one user, on the event loop: a third of the CPU of a thread's."""
+        try:
+            row = await self._awaited.read(self._user_key(user_id))
+        except (self._redis_error, TimeoutError) as error:
+            raise self._unavailable(error) from None
+        return self._peeked(user_id, dict(zip(self._user_features, row, strict=True)))
 
     async def stop_waiting(self) -> None:
         """Close what `await_user` opened."""
-        if self._waiting is not None:
-            await self._waiting.aclose()
-            self._waiting = None
+        await self._awaited.close()
 
-    def _ask(self) -> None:
-        asked, self._asked = self._asked, []
-        task = asyncio.ensure_future(self._read_for(asked))
-        self._reading.add(task)  # the loop itself would forget it
-        task.add_done_callback(self._reading.discard)
-
-    async def _read_for(self, asked: "list[tuple[bytes, asyncio.Future[Any]]]") -> None:
-        found: Sequence[Any]
-        try:
-            # Each of the client's own deadlines is a task of its own.
-            async with asyncio.timeout(self._timeout_s):
-                if self._waiting is None:
-                    client = self._waiting = await self._online._get_client_async(self._waits)
-                    client.set_retry(self._retry)
-                if len(asked) == 1:
-                    found = [await self._waiting.hmget(asked[0][0], self._user_fields)]
-                else:
-                    pipe = self._waiting.pipeline(transaction=False)
-                    for key, _ in asked:
-                        pipe.hmget(key, self._user_fields)
-                    found = await pipe.execute(raise_on_error=False)
-        except TimeoutError:
-            late = self._unavailable(TimeoutError(f"not within {self._timeout_s:g} s"))
-            found = [late] * len(asked)
-        except Exception as error:  # whoever asked must hear of it, whatever it is
-            found = [error] * len(asked)
-        for (_, row), columns in zip(asked, found, strict=True):
-            if row.done():  # whoever asked has gone
-                continue
-            if isinstance(columns, self._redis_error):
-                row.set_exception(self._unavailable(columns))
-            elif isinstance(columns, Exception):
-                row.set_exception(columns)
-            else:
-                row.set_result(columns)
+    async def _connect_to_wait(self) -> Any:
+        address = connection(self._settings)  # without deadlines
+        client = await self._online._get_client_async(
+            self._config.online_store.model_copy(update={"connection_string": address})
+        )
+        client.set_retry(self._retry)
+        return client
 
     def _peeked(self, user_id: str, stored: Mapping[str, bytes | None]) -> UserHistory:
         try:

@@ -79,7 +79,7 @@ def rank(
     excluded = np.concatenate([*seen, catalog.rows(request.exclude), _PADDING])
     among = _rows_in(model, request.categories) if request.categories else None
     if not personal:
-        rows, scores = _best_of(catalog.popularity.copy(), request.n, excluded, among)
+        rows, scores = _best_left(catalog.popularity.copy(), request.n, excluded, among)
     else:
         h_D = model.student.state(*features)
         rows, scores = _nearest(model, h_D, request.n, excluded, among)
@@ -176,10 +176,10 @@ def _nearest(
         at, best = best_of(scores, n)
         if narrow or len(at) == n:
             return rows[at].tolist(), best.tolist()
-    return _best_of(student.scores(h_D), n, excluded, among)
+    return _best_left(student.scores(h_D), n, excluded, among)
 
 
-def _best_of(
+def _best_left(
     scores_V: Floats, n: int, excluded: Rows, among: Rows | None
 ) -> tuple[list[int], list[float]]:
     if among is not None:
